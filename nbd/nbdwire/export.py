@@ -109,7 +109,10 @@ class Session(Protocol):
     while a client is waited for.
     """
 
-    gate: AbstractContextManager[object]
+    @property
+    def gate(self) -> AbstractContextManager[object]:
+        """Held around the verbs."""
+        ...
 
     @property
     def node(self) -> Export:

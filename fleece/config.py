@@ -173,7 +173,8 @@ def parse_disk(text: str) -> DiskConfig:
     """The disk in ``NAME=IMAGE[,OPTION...]``.
 
     OPTION is ``format=F``, ``read-only``, ``tracking=off``, ``granularity=64k`` or
-    ``description=TEXT``. A comma in the image or description is written twice. UsageError says what is wrong.
+    ``description=TEXT``. A comma in the image or description is written twice. UsageError says
+    what is wrong.
     """
     name, equals, rest = text.partition("=")
     if not equals:

@@ -129,9 +129,13 @@ class Disk:
         raise ValueError(f"{old!r} is not in the chain of disk {self.name!r}")
 
     def close(self) -> None:
-        """Close every node of the chain, from the top. All sessions must be closed."""
-        for node in self.nodes():
-            node.close()
+        """Close every node of the chain, from the top. All sessions must be closed.
+
+        One that fails does not keep the others open; its error is raised in the end.
+        """
+        with ExitStack() as stack:
+            for node in reversed(self.nodes()):
+                stack.callback(node.close)
 
     @contextmanager
     def _hold(self, deadline: float) -> Iterator[None]:
@@ -167,7 +171,7 @@ def drained(disks: Sequence[Disk], timeout: float = DRAIN_SECONDS) -> Iterator[N
     """
     deadline = time.monotonic() + timeout
     with ExitStack() as stack:
-        for disk in sorted(set(disks), key=lambda d: d.name):
+        for disk in sorted(set(disks), key=lambda d: (d.name, id(d))):
             stack.enter_context(disk._hold(deadline))
         yield
 
@@ -201,7 +205,8 @@ class Graph:
         return len(self._disks)
 
     def close(self) -> None:
-        """Close every disk."""
-        for disk in self:
-            disk.close()
-        self._disks.clear()
+        """Close every disk, also if closing one of them fails; that error is raised in the end."""
+        with ExitStack() as stack:
+            for disk in self:
+                stack.callback(disk.close)
+            self._disks.clear()

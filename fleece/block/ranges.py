@@ -32,26 +32,34 @@ class RangeLock:
         return len(self._entries)
 
     def _enter(self, entry: "_Held") -> None:
+        try:
+            wakeup = self._queue(entry)
+            if wakeup is not None:
+                wakeup.acquire()  # until the last blocker leaves
+        except BaseException:  # a signal handler raised: nobody may wait for us for ever
+            self._leave(entry)
+            raise
+
+    def _queue(self, entry: "_Held") -> "threading.Lock | None":
+        """What to wait for, if anything."""
         with self._mutex:
             for earlier in self._entries:
                 if entry.conflicts(earlier):
                     entry.blockers += 1
             self._entries.append(entry)
-            if not entry.blockers:
-                return
-            entry.wakeup = wakeup = threading.Lock()
-            wakeup.acquire()
-        try:
-            wakeup.acquire()  # until the last blocker leaves
-        except BaseException:  # a signal handler raised: nobody may wait for us for ever
-            self._leave(entry)
-            raise
+            if entry.blockers:
+                entry.wakeup = threading.Lock()
+                entry.wakeup.acquire()
+            return entry.wakeup
 
     def _leave(self, entry: "_Held") -> None:
         with self._mutex:
-            position = self._entries.index(entry)
-            del self._entries[position]
-            for later in self._entries[position:]:
+            entries = self._entries
+            if entry not in entries:
+                return
+            position = entries.index(entry)
+            del entries[position]
+            for later in entries[position:] if position < len(entries) else ():
                 if later.conflicts(entry):
                     later.blockers -= 1
                     if not later.blockers and later.wakeup is not None:

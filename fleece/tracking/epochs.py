@@ -24,7 +24,7 @@ missed.
 """
 
 import uuid
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Final
@@ -156,7 +156,7 @@ class EpochMap:
 
         Returns one of the slots that it freed: 255 are in use, no more than MAX_KEPT + 1 stay.
         """
-        heirs, floor = self._heirs(_thinned(sorted(e for e in keep if e <= self._epoch)))
+        heirs, floor = self._heirs(_thinned(self._told_apart(keep)))
         state = self._state
         if floor > state[1]:
             state[1] = floor
@@ -167,6 +167,15 @@ class EpochMap:
         for slot in heirs:
             state[1 + slot] = 0
         return min(heirs)
+
+    def _told_apart(self, keep: set[int]) -> list[int]:
+        """The checkpoints at which the map can still be cut for somebody in ``keep``, in order.
+
+        One that was merged into a later epoch is cut at the last live one before it.
+        """
+        live = sorted({self._state[1], *filter(None, self._state[2:])})
+        places = (bisect_right(live, epoch) for epoch in keep if epoch <= self._epoch)
+        return sorted({live[place - 1] for place in places if place})
 
     def _heirs(self, kept: list[int]) -> tuple[dict[int, int], int]:
         """Slot -> the slot it is merged into, and the latest epoch that is merged into slot 0.

@@ -30,14 +30,13 @@ def alive_until(image: Path) -> int:
 
 
 class Heartbeat:
-    """Calls ``beat`` now, then each INTERVAL seconds in a thread of its own, until `stop`."""
+    """Calls ``beat`` each ``interval`` seconds in a thread of its own, until `stop`."""
 
     def __init__(self, name: str, beat: Callable[[], None], interval: float = INTERVAL) -> None:
         self._beat = beat
         self._interval = interval
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"heartbeat {name}", daemon=True)
-        beat()
         self._thread.start()
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the image still the one that was tracked, and did nobody write to it in the meantime?
+"""Whether the image is still the one that was tracked, and nobody wrote to it in the meantime.
 
 A regular file: size, inode and the two times that every write changes. Its device number counts
 only within one boot: Btrfs, NFS and overlays number their file systems anew at each mount.
@@ -48,9 +48,7 @@ class Identity:
         found = image.stat()
         if stat.S_ISBLK(found.st_mode):
             return cls(0, 0, found.st_rdev, sectors_changed(found.st_rdev), 0)
-        return cls(
-            found.st_size, found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns
-        )
+        return cls(found.st_size, found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns)
 
     @property
     def is_block_device(self) -> bool:

@@ -15,7 +15,7 @@ The file is allocated in full when it is made: a store into a hole of a mapped f
 process (SIGBUS) when the disk is full.
 
 Order of the stores, for a kill or a power cut between any two: `Sidecar.begin` puts the boot id
-before it takes back "clean", which is durable before the first mark; `Sidecar.finish` makes the
+and "alive until" before it takes back "clean", which is durable before the first mark; `Sidecar.finish` makes the
 cells and the identity durable before it says "clean".
 """
 
@@ -58,7 +58,7 @@ _STATE: Final = 12288
 _IN_USE: Final = "{} is in use by another fleece; stop that one first"
 
 
-class Damaged(Exception):  # noqa: N818 - it never reaches a user
+class Damaged(Exception):
     """The file is no sidecar that can be believed; the text says why, for `Description.reason`."""
 
 
@@ -192,6 +192,7 @@ class Sidecar:
         *,
         boot_id: str,
         identity: Identity,
+        until: int,
         replaced: Lock | None,
     ) -> "Sidecar":
         """Make the sidecar of a new generation at ``path``, in use (`begin`).
@@ -209,7 +210,7 @@ class Sidecar:
                 raise Busy(_IN_USE.format(path))
             _fill(lock.fd, description)
             sidecar = cls(lock)
-            sidecar.begin(boot_id, identity)
+            sidecar.begin(boot_id, identity, until)
             temporary.replace(path)
             sync_directory(path.parent)
         except BaseException:
@@ -242,8 +243,9 @@ class Sidecar:
     def alive_until(self, when: int) -> None:
         self._words[_ALIVE] = when
 
-    def begin(self, boot_id: str, identity: Identity) -> None:
-        """It is in use: durable on return, to be called before the first mark. Raises OSError."""
+    def begin(self, boot_id: str, identity: Identity, until: int) -> None:
+        """It is in use, alive ``until``: durable on return, before the first mark. Raises OSError."""
+        self.alive_until = until
         name = boot_id.encode("ascii", "replace")[:_BOOT_BYTES]
         self._mmap[_BOOT : _BOOT + _BOOT_BYTES] = name.ljust(_BOOT_BYTES, b"\0")
         self._words[_CLEAN] = 0

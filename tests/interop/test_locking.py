@@ -89,7 +89,7 @@ def test_without_locking_nobody_is_kept_out(image: Path) -> None:
 @pytest.mark.parametrize("read_only", [False, True])
 def test_we_refuse_what_qemu_nbd_writes(image: Path, tmp_path: Path, read_only: bool) -> None:
     with qemu_nbd(image, tmp_path / "s"):
-        with pytest.raises(ImageInUse, match="in use by another process .it holds a write lock"):
+        with pytest.raises(ImageInUse, match=r"in use by another process .it holds a write lock"):
             FileNode(image, read_only=read_only)
         FileNode(image, read_only=read_only, locking=False).close()
     FileNode(image, read_only=read_only).close()
@@ -106,5 +106,5 @@ def test_we_refuse_a_qcow2_file_that_qemu_writes(
 def test_we_read_but_do_not_write_what_qemu_only_reads(qcow2: Path, tmp_path: Path) -> None:
     with qemu_nbd(qcow2, tmp_path / "s", "-r", fmt="qcow2"):
         FileNode(qcow2, read_only=True).close()
-        with pytest.raises(ImageInUse, match="excludes writers.*open the image read-only"):
+        with pytest.raises(ImageInUse, match=r"excludes writers.*open the image read-only"):
             FileNode(qcow2)

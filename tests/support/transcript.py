@@ -16,22 +16,23 @@ class EndOfInput(Exception):
 
 def run(handshake: Generator[int | bytes, bytes, T], incoming: bytes) -> tuple[T, bytes, bytes]:
     """Feed ``incoming``; returns the result, what was sent, and what was not consumed."""
-    output = bytearray()
+    output, position = bytearray(), 0
     answer: bytes | None = None
     try:
         while True:
             wanted = next(handshake) if answer is None else handshake.send(answer)
             if isinstance(wanted, int):
                 assert wanted > 0, "asking for nothing is a waste of a round"
-                if len(incoming) < wanted:
+                if len(incoming) < position + wanted:
                     handshake.close()
                     raise EndOfInput(bytes(output))
-                answer, incoming = incoming[:wanted], incoming[wanted:]
+                answer = incoming[position : position + wanted]
+                position += wanted
             else:
                 output += wanted
                 answer = b""
     except StopIteration as stop:
-        return stop.value, bytes(output), incoming
+        return stop.value, bytes(output), incoming[position:]
 
 
 def parse_transcript(text: str) -> tuple[bytes, bytes]:

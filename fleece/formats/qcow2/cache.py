@@ -97,7 +97,9 @@ class TableCache:
         pieces = []
         for offset in sorted(self._dirty):
             table = self._dirty[offset]
-            pieces.append(Piece(table, offset + table.low, bytes(table.data[table.low : table.high])))
+            pieces.append(
+                Piece(table, offset + table.low, bytes(table.data[table.low : table.high]))
+            )
             table.low, table.high, table.busy = self._length, 0, True
         self._dirty.clear()
         return pieces

@@ -7,16 +7,18 @@ runs are stable, and what makes a freed cluster need no quarantine. (Reuse of fr
 sessions belongs to the full driver.)
 """
 
+import errno
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleece.block.node import Node
-from fleece.errors import ImageCorrupt
 from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2.cache import Piece, Table, TableCache
 from fleece.formats.qcow2.header import Header
+from fleece.formats.qcow2.hosting import regular_end
 from fleece.formats.qcow2.tables import corrupt
 
 _TABLE_MASK: Final = ~0x1FF & (1 << 64) - 1
@@ -33,26 +35,32 @@ class TableMove(NamedTuple):
 
 
 class RefcountChanges(NamedTuple):
-    """What one write-back has to write, in this order, with a sync before ``entries``/``move``.
+    """What one write-back has to write: the fields in this order, with a sync after ``blocks``.
 
-    ``blocks``: counts. ``entries``: ``(index, value)`` of the refcount table, for blocks that are
-    new. ``move``: the whole table lies elsewhere, ``table`` is its contents.
+    ``blocks``: counts. ``entries``: ``(index, offset)`` of blocks that are new to the table at
+    ``table_offset``; or, if it moves, ``table`` is all of it and ``move`` its place. ``retired``:
+    ``(first, count)`` of host clusters, one reference to each of which is gone once the write-back
+    is durable.
     """
 
     blocks: list[Piece]
-    entries: dict[int, int]
-    move: TableMove | None
+    table_offset: int
+    entries: list[tuple[int, int]]
     table: bytes
+    move: TableMove | None
+    retired: list[tuple[int, int]]
 
 
 class Refcounts:
     """Counts of 8, 16, 32 or 64 bits. Not thread-safe: the caller holds the metadata lock.
 
-    ``file_end`` is the length of a regular file, 0 for anything whose length says nothing about
-    what is in use (a device).
+    New clusters lie behind the end of a regular file, so there they are holes and read as zeroes
+    (``fresh_is_zero``); on anything else, whose length says nothing, behind the last one in use.
     """
 
-    def __init__(self, file: Node, header: Header, file_end: int) -> None:
+    def __init__(self, file: Node, header: Header) -> None:
+        file_end = regular_end(file)
+        self.fresh_is_zero = file_end > 0
         self._file = file
         self._bits = header.cluster_bits
         self._size = header.cluster_size
@@ -63,19 +71,17 @@ class Refcounts:
         data = bytearray(header.refcount_table_clusters << self._bits)
         file.pread_into(memoryview(data), self.table_offset)
         self._table = np.frombuffer(data, ">u8").astype(np.uint64) & np.uint64(_TABLE_MASK)
+        # Entries of the table as the header has it, or will have it after ``_move``.
+        self._capacity = len(self._table)
         self._new_entries: dict[int, int] = {}
         self._move: TableMove | None = None
+        self._retired: list[tuple[int, int]] = []
         self._next = max(-(-file_end // self._size), self._last_used() + 1)
 
     @property
     def end(self) -> int:
         """The host offset behind everything that is in use."""
         return self._next << self._bits
-
-    @property
-    def lowest_width(self) -> int:
-        """Bytes of one count."""
-        return self._dtype.itemsize
 
     def _last_used(self) -> int:
         """The highest host cluster with a count; 0 (the header's) if the search is given up."""
@@ -114,12 +120,12 @@ class Refcounts:
             self._add_block(missing)
         first = self._next
         self._next += count
-        self._add(first, count, 1)
+        self._set(first, count, 1)
         return first << self._bits
 
     def _missing_block(self, count: int) -> int | None:
         first, last = self._next // self._per_block, (self._next + count - 1) // self._per_block
-        if last >= len(self._table):
+        if last >= self._capacity:
             self._grow_table(last + 1)
             return self._missing_block(count)
         absent = np.flatnonzero(self._table[first : last + 1] == 0)
@@ -136,33 +142,98 @@ class Refcounts:
         self._table[index] = offset
         self._new_entries[index] = offset
         self._next += 1
-        self._add(offset >> self._bits, 1, 1)
+        self._set(offset >> self._bits, 1, 1)
 
     def _grow_table(self, entries: int) -> None:
         """Move the table to the end of the file, half as large again and at least ``entries``."""
-        old_clusters = len(self._table) * 8 >> self._bits
-        old_offset = self.table_offset
+        old = (self.table_offset >> self._bits, self._capacity * 8 >> self._bits)
         # Its own clusters, and the blocks for them, need entries too: some slack covers both.
-        wanted = max(entries + entries // 8 + 16, len(self._table) * 3 // 2)
+        wanted = max(entries + entries // 8 + 16, self._capacity * 3 // 2)
         clusters = -(-wanted * 8 // self._size)
         if clusters << self._bits > c.MAX_REFCOUNT_TABLE_BYTES:
-            raise OSError(27, "the refcount table is as large as the format allows")
-        grown = np.zeros(clusters * self._size // 8, np.uint64)
-        grown[: len(self._table)] = self._table
-        self._table = grown
-        self.table_offset = self.allocate(clusters)
-        self._file.pwrite(memoryview(bytes(clusters << self._bits)), self.table_offset)
-        self._move = TableMove(self.table_offset, clusters)
-        self._retired.append((old_offset >> self._bits, old_clusters))
+            raise OSError(errno.EFBIG, "the refcount table is as large as the format allows")
+        capacity, self._capacity = self._capacity, clusters * self._size // 8
+        missing = self._capacity - len(self._table)
+        self._table = np.append(self._table, np.zeros(max(0, missing), np.uint64))
+        try:
+            self._place_table(clusters)
+        except BaseException:
+            self._capacity = capacity
+            raise
+        self._retired.append(old)
 
-    def _add(self, first: int, count: int, delta: int) -> None:
-        """Change the counts of ``count`` clusters whose blocks are all there."""
+    def _place_table(self, clusters: int) -> None:
+        offset = self.allocate(clusters)
+        try:
+            self._file.pwrite(memoryview(bytes(clusters << self._bits)), offset)
+        except BaseException:
+            self.release(offset, clusters)
+            raise
+        self.table_offset = offset
+        self._move = TableMove(offset, clusters)
+
+    def release(self, offset: int, count: int) -> None:
+        """Undo an `allocate` whose clusters nothing refers to, in memory or on disk.
+
+        They may hold a part of a failed write by now, so they are not given out again.
+        """
+        self._set(offset >> self._bits, count, 0)
+
+    def retire(self, first: int, count: int) -> None:
+        """Host clusters from ``first`` lose one reference when the next write-back is durable."""
+        self._retired.append((first, count))
+
+    def _set(self, first: int, count: int, value: int) -> None:
+        for block, low, high in self._ranges(first, count):
+            self._counts(block)[low:high] = value
+
+    def _drop(self, first: int, count: int) -> None:
+        """One reference less. A count that is 0 already stays so: the image was corrupt before."""
+        for block, low, high in self._ranges(first, count):
+            counts = self._counts(block)[low:high]
+            counts -= (counts != 0).astype(self._dtype)
+
+    def _ranges(self, first: int, count: int) -> Iterator[tuple[Table, int, int]]:
+        """The blocks of a range of clusters, where there are any, each marked as changed."""
+        width = self._dtype.itemsize
         while count:
             index, at = divmod(first, self._per_block)
             n = min(count, self._per_block - at)
-            block = self._block(index)
-            counts = self._counts(block)[at : at + n]
-            counts += np.array(delta, np.int64).astype(self._dtype)
-            width = self._dtype.itemsize
-            self.cache.touch(block, at * width, (at + n) * width)
+            if index < len(self._table) and self._table[index]:
+                block = self._block(index)
+                self.cache.touch(block, at * width, (at + n) * width)
+                yield block, at, at + n
             first, count = first + n, count - n
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(self.cache.dirty_bytes or self._new_entries or self._retired or self._move)
+
+    def take(self) -> RefcountChanges:
+        """What has to be written, which counts as written from now on; then call `settle`."""
+        move, self._move = self._move, None
+        fitting = {i: v for i, v in self._new_entries.items() if i < self._capacity}
+        self._new_entries = {i: v for i, v in self._new_entries.items() if i not in fitting}
+        retired, self._retired = self._retired, []
+        table = self._table[: self._capacity].astype(">u8").tobytes() if move else b""
+        entries = [] if move else sorted(fitting.items())
+        return RefcountChanges(
+            self.cache.take_dirty(), self.table_offset, entries, table, move, retired
+        )
+
+    def take_retired(self) -> RefcountChanges:
+        """As `take` with lazy refcounts: nothing is written, references still go."""
+        retired, self._retired = self._retired, []
+        return RefcountChanges([], self.table_offset, [], b"", None, retired)
+
+    def settle(self, changes: RefcountChanges, *, written: bool) -> None:
+        """The write-back is durable, or has failed and everything has to be written again."""
+        self.cache.settle(changes.blocks, written=written)
+        if written:
+            for first, count in changes.retired:
+                self._drop(first, count)
+            return
+        self._move = self._move or changes.move
+        self._retired = changes.retired + self._retired
+        self._new_entries.update(changes.entries)

@@ -21,15 +21,15 @@ _MOST_RUNS: Final = 16384
 
 
 class ClusterRun(NamedTuple):
-    """``count`` guest clusters of one ``kind`` (see `constants`).
+    """``clusters`` guest clusters of one ``kind`` (see `constants`).
 
     ``host`` is where the first one lies, and the others behind it, for ZERO_ALLOC, NORMAL and
-    SHARED; the L2 entry itself for PACKED, whose count is 1; else 0.
+    SHARED; the L2 entry itself for PACKED, which is alone; else 0.
     """
 
     kind: int
     host: int
-    count: int
+    clusters: int
 
 
 class ClusterMap:
@@ -158,7 +158,7 @@ class ClusterMap:
         old = table.data[low:high]
         struct.pack_into(f">{len(part)}Q", table.data, low, *part)
         self.cache.touch(table, low, high)
-        if not any(old):
+        if old == bytes(len(old)):
             return []
         pairs = zip(struct.unpack(f">{len(part)}Q", old), part, strict=True)
         return [was for was, now in pairs if _host_bits(was) and _host_bits(was) != _host_bits(now)]
@@ -172,9 +172,9 @@ def _append(runs: list[ClusterRun], kind: int, host: int, count: int, size: int)
     """Add a run, joined to the last one where it goes on from there."""
     if runs and kind != c.PACKED:
         last = runs[-1]
-        expected = last.host + last.count * size if last.host else 0
+        expected = last.host + last.clusters * size if last.host else 0
         if last.kind == kind and host == expected:
-            runs[-1] = ClusterRun(kind, last.host, last.count + count)
+            runs[-1] = ClusterRun(kind, last.host, last.clusters + count)
             return
     runs.append(ClusterRun(kind, host, count))
 

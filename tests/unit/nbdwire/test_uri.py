@@ -30,8 +30,7 @@ def test_what_is_formatted_parses_back(uri: NBDURI) -> None:
 def test_any_text_is_an_uri_or_an_urierror(text: str) -> None:
     try:
         uri = parse(text)
-    except URIError as error:
-        assert "\n" not in str(error)
+    except URIError:
         return
     assert parse(str(uri)) == uri
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed against the C servers, in ratios from one run: ``python bench [--quick] [--rows REGEX]``.
+
+Exit status 0 if everything ran (whatever the ratios), 1 if something failed, 2 for a wrong
+command line.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import live, matrix, report
+from bench.results import Row
+from bench.servers import NBDKIT, OURS, QEMU_NBD, STORAGE_DAEMON, versions
+from bench.tools import BenchFailed, find, need, say
+
+ROOT = Path(__file__).resolve().parents[1]
+MiB = 1 << 20
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="./run bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="some rows only: about 2 minutes")
+    parser.add_argument("--rows", type=re.compile, metavar="REGEX", help="rows whose name matches")
+    parser.add_argument("--list", action="store_true", help="print the names of all rows")
+    parser.add_argument("--only-peers", action="store_true", help="without fleece itself")
+    parser.add_argument(
+        "--repeat", type=int, default=0, metavar="N", help="runs per row and server"
+    )
+    parser.add_argument("--runtime", type=float, default=1.0, metavar="S", help="seconds per run")
+    parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="size of the images")
+    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the images go")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every sample, for programs")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into FILE")
+    return parser.parse_args(argv)
+
+
+def chosen_cases(options: argparse.Namespace) -> list[matrix.Case]:
+    """The rows of the plain matrix that are asked for."""
+    every = matrix.cases()
+    if options.rows:
+        return [case for case in every if options.rows.search(case.name)]
+    return [case for case in every if case.name in matrix.QUICK or not options.quick]
+
+
+def chosen_live(options: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """The rows of the live writes that are asked for."""
+    every = list(live.CASES)
+    return [c for c in every if not options.rows or options.rows.search(f"live-{c[0]}")]
+
+
+def servers(options: argparse.Namespace, peers: dict[str, str]) -> list[str]:
+    """Ours unless left out, and the ``peers`` (name to program) that are installed."""
+    found = [name for name, program in peers.items() if find(program)]
+    for name in peers.keys() - set(found):
+        say(f"bench: {name} is not installed; going on without")
+    return found if options.only_peers else [OURS, *found]
+
+
+def run_rows(scenario: Any, cases: Sequence[Any], repeats: int) -> list[Row]:
+    """Every case on a `Matrix` or `LiveWrites` that is started and stopped here."""
+    try:
+        scenario.start()
+        return [scenario.row(case, repeats) for case in cases]
+    finally:
+        scenario.stop()
+
+
+def measure(options: argparse.Namespace, directory: Path) -> list[list[Row]]:
+    """The rows of both scenarios, without those that nothing was asked of."""
+    repeats = options.repeat or (2 if options.quick else 3)
+    size = options.size * MiB
+    tables = []
+    if plain := chosen_cases(options):
+        names = servers(options, {QEMU_NBD: "qemu-nbd", NBDKIT: "nbdkit"})
+        tables.append(
+            run_rows(matrix.Matrix(names, directory, size, options.runtime), plain, repeats)
+        )
+    if under_snapshot := chosen_live(options):
+        names = servers(options, {STORAGE_DAEMON: "qemu-storage-daemon"})
+        # bounded by bytes and short, so it can be afforded more often
+        tables.append(
+            run_rows(live.LiveWrites(names, directory, size), under_snapshot, repeats + 2)
+        )
+    return [rows for rows in tables if rows]
+
+
+def text_of(tables: Sequence[Sequence[Row]], directory: Path, options: argparse.Namespace) -> str:
+    """The whole report as Markdown."""
+    parts = [report.machine(directory, versions())]
+    parts.append(
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}; medians; {options.runtime:g} s per run; "
+        f"images of {options.size} MiB of random data; unix sockets; higher is better, except for "
+        "p99 and CPU.\n"
+    )
+    for rows in tables:
+        live_rows = rows[0].name.startswith("live-")
+        title = "Live writes under a fresh snapshot" if live_rows else "One raw image, exported"
+        parts += [f"## {title}\n", report.summary(rows), report.table(rows)]
+    return "\n".join(parts)
+
+
+def publish(tables: list[list[Row]], options: argparse.Namespace, directory: Path) -> None:
+    """Print the report and write it to where it belongs."""
+    text = text_of(tables, directory, options)
+    print(text)
+    if options.json:
+        every = [row.as_json() for rows in tables for row in rows]
+        options.json.write_text(json.dumps({"versions": versions(), "rows": every}, indent=1))
+    whole = not options.rows and not options.only_peers
+    target = options.write or (ROOT / "docs" / "performance.md" if whole else None)
+    if target is not None:
+        report.write_into(target, text)
+        say(f"bench: wrote {target}")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run ``work``; what may go wrong becomes one line and an exit status."""
+    try:
+        work()
+    except (BenchFailed, OSError) as problem:
+        say(f"bench: {problem}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmarks; returns the exit status."""
+    options = parse(argv)
+    if options.list:
+        print("\n".join([c.name for c in matrix.cases()] + [f"live-{c[0]}" for c in live.CASES]))
+        return 0
+
+    def work() -> None:
+        need("fio")
+        with tempfile.TemporaryDirectory(prefix="fleece-bench-", dir=options.dir) as scratch:
+            directory = Path(scratch)
+            tables = measure(options, directory)
+            if not tables:
+                raise BenchFailed("no row has such a name; --list prints them")
+            publish(tables, options, directory)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main(sys.argv[1:]))

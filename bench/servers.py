@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers of the plain matrix: each serves one raw image on a unix socket."""
+
+import socket
+import sys
+from pathlib import Path
+
+from bench.tools import Process, find, need, run, wait_until
+
+OURS = "fleece"
+QEMU_NBD = "qemu-nbd"
+NBDKIT = "nbdkit"
+STORAGE_DAEMON = "storage-daemon"
+
+
+def accepts(path: Path) -> bool:
+    """Whether somebody listens on the unix socket ``path``."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+class Server:
+    """The server ``name`` on ``image``. It runs from `start` to `stop`."""
+
+    def __init__(self, name: str, image: Path, directory: Path) -> None:
+        self.name = name
+        self.image = image
+        self._socket = directory / f"{name}.sock"
+        self._log = directory / f"{name}.log"
+        self._process: Process | None = None
+
+    @property
+    def uri(self) -> str:
+        """Of its only export."""
+        return f"nbd+unix:///?socket={self._socket}"
+
+    @property
+    def process(self) -> Process:
+        """The running server."""
+        assert self._process is not None
+        return self._process
+
+    def _command(self) -> list[str]:
+        where, image = str(self._socket), str(self.image)
+        if self.name == OURS:
+            return [sys.executable, "-m", "fleece", "export", "-f", "raw", "--socket", where, image]
+        if self.name == QEMU_NBD:
+            return [need("qemu-nbd"), "-f", "raw", "-t", "-e", "16", "-k", where, image]
+        return [need("nbdkit"), "-f", "-U", where, "file", image]
+
+    def start(self) -> None:
+        """Return when it accepts connections."""
+        self._process = Process(self.name, self._command(), self._log)
+        wait_until(self._ready, f"{self.name} did not listen")
+
+    def _ready(self) -> bool:
+        self.process.check()
+        return accepts(self._socket)
+
+    def stop(self) -> None:
+        """End it. Idempotent."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+
+def versions() -> dict[str, str]:
+    """What each program says of itself, by name; without those that are not installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("qemu-nbd", "qemu-storage-daemon", "nbdkit", "fio"):
+        if find(name):
+            words = run([need(name), "--version"]).splitlines()[0].replace("fio-", "fio ").split()
+            found[name] = next(word for word in words if word[0].isdigit())
+    return found

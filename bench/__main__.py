@@ -37,12 +37,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--repeat", type=int, default=0, metavar="N", help="runs per row and server"
     )
-    parser.add_argument("--runtime", type=float, default=1.0, metavar="S", help="seconds per run")
+    parser.add_argument("--runtime", type=float, metavar="S", help="seconds per run")
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="size of the images")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the images go")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every sample, for programs")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into FILE")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.runtime = options.runtime or (0.7 if options.quick else 1.0)
+    options.repeat = options.repeat or (2 if options.quick else 3)
+    return options
 
 
 def chosen_cases(options: argparse.Namespace) -> list[matrix.Case]:
@@ -78,19 +81,18 @@ def run_rows(scenario: Any, cases: Sequence[Any], repeats: int) -> list[Row]:
 
 def measure(options: argparse.Namespace, directory: Path) -> list[list[Row]]:
     """The rows of both scenarios, without those that nothing was asked of."""
-    repeats = options.repeat or (2 if options.quick else 3)
     size = options.size * MiB
     tables = []
     if plain := chosen_cases(options):
         names = servers(options, {QEMU_NBD: "qemu-nbd", NBDKIT: "nbdkit"})
         tables.append(
-            run_rows(matrix.Matrix(names, directory, size, options.runtime), plain, repeats)
+            run_rows(matrix.Matrix(names, directory, size, options.runtime), plain, options.repeat)
         )
     if under_snapshot := chosen_live(options):
         names = servers(options, {STORAGE_DAEMON: "qemu-storage-daemon"})
         # bounded by bytes and short, so it can be afforded more often
         tables.append(
-            run_rows(live.LiveWrites(names, directory, size), under_snapshot, repeats + 2)
+            run_rows(live.LiveWrites(names, directory, size), under_snapshot, options.repeat + 1)
         )
     return [rows for rows in tables if rows]
 

@@ -124,26 +124,29 @@ class Appliance:
 
     def _open_disk(self, config: DiskConfig, directory: Path) -> None:
         image = Path(os.path.abspath(config.image))
-        node = open_image(str(image), config.format, read_only=config.read_only)
-        tracking = None
-        if config.tracking:
-            try:
-                tracking = DiskTracking.open(
-                    directory,
-                    config.name,
-                    node.size,
-                    image,
-                    granularity=config.granularity or GRANULARITY,
-                )
-            except BaseException:
-                node.close()
-                raise
-            if tracking.reason_new is not None:
-                log.info("disk %r: tracking begins anew: %s", config.name, tracking.reason_new)
+        tracking = self._open_tracking(config, image, directory) if config.tracking else None
+        try:
+            node = open_image(str(image), config.format, read_only=config.read_only)
+        except BaseException:
+            if tracking is not None:
+                tracking.close(clean=False)
+            raise
         disk = Disk(config.name, node if tracking is None else tracking.tracker(node))
         served = ServedDisk(disk, image, config.format or probe(str(image)), tracking)
         self.disks[config.name] = served
         self._stack.callback(_close_disk, served)
+
+    @staticmethod
+    def _open_tracking(config: DiskConfig, image: Path, directory: Path) -> DiskTracking:
+        """Before the image is opened for writing: that may change its time of change already."""
+        look = open_image(str(image), config.format, read_only=True)
+        size = look.size
+        look.close()
+        granularity = config.granularity or GRANULARITY
+        tracking = DiskTracking.open(directory, config.name, size, image, granularity=granularity)
+        if tracking.reason_new is not None:
+            log.info("disk %r: tracking begins anew: %s", config.name, tracking.reason_new)
+        return tracking
 
     def _make_snapshots(self, config: Config, state: Path) -> SnapshotManager:
         records = state / "snapshots"

@@ -161,9 +161,7 @@ def parse_listen(text: str) -> NBDURI:
     bare = host.removeprefix("[").removesuffix("]")
     bracketed = host.startswith("[") and host.endswith("]")
     if (":" in bare) is not bracketed or not (port.isascii() and port.isdigit()):
-        raise ValueError(
-            f"{text!r} is not an address; write it like localhost:10809 or [::1]:10809"
-        )
+        raise ValueError(f"{text!r} is no address; write it like localhost:10809 or [::1]:10809")
     if int(port) > 65535:
         raise ValueError(f"{text!r} is no address: a port is at most 65535")
     return NBDURI(host=bare or "localhost", port=int(port))

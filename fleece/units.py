@@ -9,7 +9,7 @@ MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 TiB: Final = 1 << 40
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtpe]?)(?:i?b)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,30})(?:\.(\d{1,30}))?\s*([kmgtpe]?)(?:i?b)?", re.IGNORECASE)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?", re.IGNORECASE)
 _SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -19,8 +19,11 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it like 64k, 512M or 1.5G")
-    number, unit = match.groups()
-    return int(float(number) * (1 << 10 * " kmgtpe".index(unit.lower() or " ")))
+    whole, decimals, unit = match.groups(default="")
+    shift = 10 * " kmgtpe".index(unit.lower() or " ")
+    # Not through a float: from 8 PiB on it would be another number.
+    scale: int = 10 ** len(decimals)
+    return (int(whole + decimals) << shift) // scale
 
 
 def parse_duration(text: str) -> float:

@@ -28,6 +28,7 @@ _NAMES: Final = {
     "tag:yaml.org,2002:str": "text",
     "tag:yaml.org,2002:timestamp": "a date",
 }
+_MAPPING: Final = "tag:yaml.org,2002:map"
 _TEXT: Final = "tag:yaml.org,2002:str"
 _TRUTH: Final = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
@@ -60,7 +61,7 @@ class Node:
 
     def items(self) -> Iterator[tuple[str, "Node"]]:
         """The keys and values of a mapping, in the order of the file. A key may not come twice."""
-        if not isinstance(self._node, yaml.MappingNode):
+        if not isinstance(self._node, yaml.MappingNode) or self._node.tag != _MAPPING:
             raise self._expected("a mapping")
         seen: dict[str, int] = {}
         for key_node, value in self._node.value:
@@ -160,7 +161,7 @@ def load_mapping(path: str) -> Node:
     except RecursionError:
         raise ConfigError(f"{path}: not a configuration: nested too deeply") from None
     if root is None:
-        root = yaml.MappingNode("tag:yaml.org,2002:map", [], _start(path), _start(path))
+        root = yaml.MappingNode(_MAPPING, [], _start(path), _start(path))
     return Node(path, root, "", root)
 
 

@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
     """Export until told to stop, or until the command ends; the exit status."""
     if args.command == ():
         raise UsageError("there is no command after --")
-    from fleece.appliance import run_export
     from fleece.config import ExportOptions
 
     with _address(args) as uri:
+        from fleece.appliance import run_export
+
         options = ExportOptions(
             image=args.image,
             uri=uri,

@@ -29,7 +29,7 @@ class Listener:
         self.path = path
         _check_length(path)
         try:
-            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_directory(Path(path).parent)
             with _directory_lock(path):
                 _remove_stale(path)
                 self.socket = _bound(path)
@@ -53,6 +53,13 @@ def _check_length(path: str) -> None:
             f"a socket path has 1 to {_MAX_PATH} bytes, this one {length}: {path}; "
             "choose a shorter one with --control"
         )
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{directory} is not a directory") from None
 
 
 def _identity(path: str) -> tuple[int, int]:

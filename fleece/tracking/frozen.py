@@ -98,7 +98,8 @@ class FrozenMap:
         """The granules whose epoch lies in (``since``, ``epoch``]; None: all of them.
 
         Epochs that were merged count as the latest among them, so the answer may hold more than
-        what changed and never less.
+        what changed and never less. Of a consumer that has a later instant than this one nothing
+        is known here: everything.
         """
         return ChangedView(self.cells.translate(self._newer(since)), self.size, self.granularity)
 
@@ -107,7 +108,7 @@ class FrozenMap:
         return self.changed(since).dirty_bytes
 
     def _newer(self, since: int | None) -> bytes:
-        if since is None:
+        if since is None or since > self.epoch:
             return b"\1" * SLOTS
         # A cell with a slot that is not in use cannot be; if it is, it must not count as clean.
         return bytes(

@@ -14,9 +14,9 @@ disk only after `Sidecar.flush`. Layout, words in the byte order of the host::
 The file is allocated in full when it is made: a store into a hole of a mapped file kills the
 process (SIGBUS) when the disk is full.
 
-Order of the stores, for a kill or a power cut between any two: `Sidecar.begin` puts the boot id
-and "alive until" before it takes back "clean", which is durable before the first mark; `Sidecar.finish` makes the
-cells and the identity durable before it says "clean".
+Order of the stores, for a kill or a power cut between any two: `Sidecar.begin` puts the boot id and
+"alive until" before it takes back "clean", and that is durable before the first mark;
+`Sidecar.finish` makes the cells and the identity durable before it says "clean".
 """
 
 import contextlib
@@ -244,7 +244,7 @@ class Sidecar:
         self._words[_ALIVE] = when
 
     def begin(self, boot_id: str, identity: Identity, until: int) -> None:
-        """It is in use, alive ``until``: durable on return, before the first mark. Raises OSError."""
+        """It is in use, alive ``until``: durable on return, before any mark. Raises OSError."""
         self.alive_until = until
         name = boot_id.encode("ascii", "replace")[:_BOOT_BYTES]
         self._mmap[_BOOT : _BOOT + _BOOT_BYTES] = name.ljust(_BOOT_BYTES, b"\0")

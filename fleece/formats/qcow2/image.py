@@ -14,19 +14,22 @@ The order in which things reach the disk, and what that promises, is told in `me
 """
 
 import errno
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from fleece.block.node import Node
 from fleece.errors import ImageCorrupt, ImageError
 from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2 import header as headers
 from fleece.formats.qcow2.header import Header
-from fleece.formats.qcow2.reader import ZEROES, Part, Qcow2Reader
+from fleece.formats.qcow2.reader import Part, Qcow2Reader
 from fleece.formats.qcow2.rebuild import rebuild
 from fleece.formats.qcow2.refcounts import Refcounts
 from fleece.formats.qcow2.tables import corrupt
 from fleece.units import align_down, align_up
 from nbdwire.constants import CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA
+
+
+_ZEROES: Final = memoryview(bytes(1 << 20))
 
 
 class Qcow2Node(Qcow2Reader):
@@ -211,9 +214,9 @@ class Qcow2Node(Qcow2Reader):
     def _write_zeroes(self, offset: int, end: int) -> None:
         """Zeroes as data, where the disk does not read as zeroes already."""
         while offset < end:
-            for part in self._some_parts(offset, min(end - offset, len(ZEROES))):
+            for part in self._some_parts(offset, min(end - offset, len(_ZEROES))):
                 if not self._part_reads_zero(part):
-                    self.pwrite(ZEROES[: part[3]], part[2])
+                    self.pwrite(_ZEROES[: part[3]], part[2])
                 offset = part[2] + part[3]
 
     def _part_reads_zero(self, part: Part) -> bool:

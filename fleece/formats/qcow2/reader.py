@@ -4,6 +4,7 @@
 from typing import Final, TypeAlias
 
 from fleece.block.node import Node
+from fleece.block.null import clear
 from fleece.block.ranges import RangeLock
 from fleece.formats.qcow2 import compressed
 from fleece.formats.qcow2 import constants as c
@@ -19,16 +20,8 @@ Part: TypeAlias = tuple[int, int, int, int]
 """``(kind, where, offset, length)``: ``length`` bytes of the disk from ``offset``; ``where`` is the
 host offset of the first byte, or the L2 entry of a compressed cluster."""
 
-ZEROES: Final = memoryview(bytes(1 << 20))
 _MOST_EXTENTS: Final = 16384
 _HOLE: Final = STATE_HOLE | STATE_ZERO
-
-
-def fill_zeroes(view: memoryview) -> None:
-    """Set all bytes of ``view`` to 0."""
-    for at in range(0, len(view), len(ZEROES)):
-        part = view[at : at + len(ZEROES)]
-        part[:] = ZEROES[: len(part)]
 
 
 class Qcow2Reader(Node):
@@ -68,7 +61,8 @@ class Qcow2Reader(Node):
         cluster = offset >> self._bits
         if (offset + len(buf) - 1) >> self._bits == cluster:
             with self._lock:
-                kind, host = self._map.decode(self._map.entry(cluster))
+                entry = self._map.entry(cluster)
+            kind, host = self._map.scanner.decode(entry)
             if kind in (c.NORMAL, c.SHARED):
                 self.file.pread_into(buf, host + (offset & self._mask))
                 return
@@ -86,7 +80,7 @@ class Qcow2Reader(Node):
             elif kind == c.PACKED:
                 return False
             elif kind != c.UNALLOCATED:
-                fill_zeroes(view)
+                clear(view)
             elif not self._backing_cached(view, start):
                 return False
         return True
@@ -133,7 +127,7 @@ class Qcow2Reader(Node):
             at = offset & self._mask
             view[:] = compressed.read(self.file, where, self._bits)[at : at + len(view)]
         else:
-            fill_zeroes(view)
+            clear(view)
 
     def _in_backing(self, offset: int, length: int) -> int:
         """How many of the bytes from ``offset`` the backing file has."""
@@ -144,11 +138,11 @@ class Qcow2Reader(Node):
         if n:
             assert self.backing is not None
             self.backing.pread_into(view[:n], offset)
-        fill_zeroes(view[n:])
+        clear(view[n:])
 
     def _backing_cached(self, view: memoryview, offset: int) -> bool:
         n = self._in_backing(offset, len(view))
-        fill_zeroes(view[n:])
+        clear(view[n:])
         return n == 0 or (self.backing is not None and self.backing.pread_cached(view[:n], offset))
 
     def extents(self, offset: int, length: int) -> list[Extent]:

@@ -32,6 +32,52 @@ class ClusterRun(NamedTuple):
     clusters: int
 
 
+class Scanner:
+    """Decodes L2 entries of an image of ``version`` with clusters of ``cluster_size`` bytes."""
+
+    def __init__(self, cluster_size: int, version: int = 3) -> None:
+        self._size = cluster_size
+        self._reserved = c.L2_RESERVED | (c.ZERO if version == 2 else 0) | (cluster_size - 1)
+        self._reserved &= ~(c.ZERO if version == 3 else 0)
+
+    def decode(self, entry: int) -> tuple[int, int]:
+        """``(kind, host)`` of an L2 entry; OSError (EIO) if it is not valid."""
+        if entry & c.COMPRESSED:
+            return c.PACKED, entry
+        if entry & self._reserved:
+            raise corrupt(f"L2 entry {entry:#018x} is not valid")
+        host = entry & c.OFFSET_MASK
+        if entry & c.ZERO:
+            # Without COPIED the cluster has other users, so it is not kept for a later write.
+            return (c.ZERO_ALLOC, host) if host and entry & c.COPIED else (c.ZERO_PLAIN, 0)
+        if host == 0:
+            return c.UNALLOCATED, 0
+        return (c.NORMAL if entry & c.COPIED else c.SHARED), host
+
+    def scan(self, runs: list[ClusterRun], data: bytes | bytearray, index: int, count: int) -> None:
+        """Add the runs of ``count`` entries of ``data``, a table, from ``index``."""
+        if count < _VECTOR_FROM:
+            for (entry,) in _ENTRY.iter_unpack(data[index * 8 : (index + count) * 8]):
+                _append(runs, *self.decode(entry), 1, self._size)
+            return
+        entries = np.frombuffer(data, ">u8", count, index * 8).astype(np.uint64)
+        for start, stop in self._pieces(entries):
+            _append(runs, *self.decode(int(entries[start])), stop - start, self._size)
+
+    def _pieces(self, entries: NDArray[np.uint64]) -> list[tuple[int, int]]:
+        """Where in ``entries`` runs begin and end.
+
+        Entries of one run are equal (nothing allocated) or step by the cluster size. Two equal
+        entries with a host offset are two references to one cluster, and stay apart.
+        """
+        step = np.diff(entries)
+        has_host = (entries[:-1] & np.uint64(c.OFFSET_MASK | c.COMPRESSED)) != 0
+        wanted = np.where(has_host, np.uint64(self._size), np.uint64(0))
+        packed = (entries[:-1] & np.uint64(c.COMPRESSED)) != 0
+        cuts = (np.flatnonzero((step != wanted) | packed) + 1).tolist()
+        return list(zip([0, *cuts], [*cuts, len(entries)], strict=True))
+
+
 class ClusterMap:
     """The tables of the active disk. Not thread-safe: the caller holds the metadata lock."""
 
@@ -40,7 +86,7 @@ class ClusterMap:
         self._bits = header.cluster_bits
         self._per_table = header.l2_entries
         self._shift = self._bits - 3
-        self._reserved = c.L2_RESERVED | (c.ZERO if header.version == 2 else 0)
+        self.scanner = Scanner(header.cluster_size, header.version)
         self.cache = TableCache(file, header.cluster_size, limit)
         self.l1 = bytearray(header.l1_size * 8)
         if self.l1:
@@ -82,10 +128,8 @@ class ClusterMap:
             table = self.table_at(cluster >> self._shift)
             if table is None:
                 _append(runs, c.UNALLOCATED, 0, n, 0)
-            elif n < _VECTOR_FROM:
-                self._scan(runs, table, index, n)
             else:
-                self._scan_vector(runs, table, index, n)
+                self.scanner.scan(runs, table.data, index, n)
             cluster, count = cluster + n, count - n
         return runs
 
@@ -96,45 +140,6 @@ class ClusterMap:
             return 0
         at = (cluster & (self._per_table - 1)) * 8
         return int(_ENTRY.unpack_from(table.data, at)[0])
-
-    def decode(self, entry: int) -> tuple[int, int]:
-        """``(kind, host)`` of an L2 entry."""
-        if entry & c.COMPRESSED:
-            return c.PACKED, entry
-        host = entry & c.OFFSET_MASK
-        if host & (self._header.cluster_size - 1) or entry & self._reserved:
-            raise corrupt(f"L2 entry {entry:#018x} is not valid")
-        if entry & c.ZERO:
-            # Without COPIED the cluster has other users, so it is not kept for a later write.
-            return (c.ZERO_ALLOC, host) if host and entry & c.COPIED else (c.ZERO_PLAIN, 0)
-        if host == 0:
-            return c.UNALLOCATED, 0
-        return (c.NORMAL if entry & c.COPIED else c.SHARED), host
-
-    def _scan(self, runs: list[ClusterRun], table: Table, index: int, count: int) -> None:
-        size = self._header.cluster_size
-        for (entry,) in _ENTRY.iter_unpack(table.data[index * 8 : (index + count) * 8]):
-            kind, host = self.decode(entry)
-            _append(runs, kind, host, 1, size)
-
-    def _scan_vector(self, runs: list[ClusterRun], table: Table, index: int, count: int) -> None:
-        entries = np.frombuffer(table.data, ">u8", count, index * 8).astype(np.uint64)
-        for start, stop in self._pieces(entries):
-            kind, host = self.decode(int(entries[start]))
-            _append(runs, kind, host, stop - start, self._header.cluster_size)
-
-    def _pieces(self, entries: NDArray[np.uint64]) -> list[tuple[int, int]]:
-        """Where in ``entries`` runs begin and end.
-
-        Entries of one run are equal (nothing allocated) or step by the cluster size. Two equal
-        entries with a host offset are two references to one cluster, and stay apart.
-        """
-        step = np.diff(entries)
-        has_host = (entries[:-1] & np.uint64(c.OFFSET_MASK | c.COMPRESSED)) != 0
-        wanted = np.where(has_host, np.uint64(self._header.cluster_size), np.uint64(0))
-        packed = (entries[:-1] & np.uint64(c.COMPRESSED)) != 0
-        cuts = (np.flatnonzero((step != wanted) | packed) + 1).tolist()
-        return list(zip([0, *cuts], [*cuts, len(entries)], strict=True))
 
     def store(self, cluster: int, entries: list[int]) -> list[int]:
         """Set the L2 entries from ``cluster``; their tables are there and may be changed.

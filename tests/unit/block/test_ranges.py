@@ -169,10 +169,21 @@ def test_who_gives_up_waiting_blocks_nobody() -> None:
 
     def interrupt() -> None:
         wait_until(lambda: len(lock) == 2)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        def again() -> bool:
+            """One that arrives just before the wait begins does not end it."""
+            if not raised:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            return bool(raised)
+
+        wait_until(again)
+
+    raised: list[bool] = []
 
     def on_signal(*_: object) -> None:
-        raise Interrupted
+        if not raised:
+            raised.append(True)
+            raise Interrupted
 
     with handler(on_signal), in_thread(hold):
         wait_for(entered)

@@ -153,7 +153,7 @@ def test_a_daemon_that_hangs_is_given_up(path: str) -> None:
         ControlClient(path) as client,
     ):
         client._timeout = 0.05
-        with pytest.raises(DaemonError, match="did not answer within 0.05 s"):
+        with pytest.raises(DaemonError, match=r"did not answer within 0\.05 s"):
             client.execute("query-version")
 
 

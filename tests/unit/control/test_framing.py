@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def test_any_objects_in_any_pieces_come_out_as_they_went_in(
 ) -> None:
     data = "\r\n".join(json.dumps(o, ensure_ascii=ascii_only) for o in objects).encode()
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [data[a:b] for a, b in pairwise(edges)]
     found = frames(*pieces)
     assert [json.loads(frame) for frame in found] == objects
 

@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import threading
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(AddressError, match=r"cannot listen at .*Not a directory"):
+    with pytest.raises(AddressError, match=r"cannot listen at .* is not a directory$"):
         Listener(str(tmp_path / "file" / "c.sock"))
 
 
@@ -86,6 +87,37 @@ def test_closing_does_not_remove_the_socket_of_a_successor(tmp_path: Path) -> No
     first.close()
     assert os.path.exists(path)
     second.close()
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_the_lock_is_what_keeps_a_fresh_socket_from_being_found_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
+) -> None:
+    """Another daemon starts just when the first has found the old socket dead.
+
+    With the lock it is refused. The control: without it both believe that the socket is theirs.
+    """
+    monkeypatch.setattr(listener_module, "_LOCK_SECONDS", 0.0)
+    if not locked:
+        monkeypatch.setattr(listener_module, "_directory_lock", lambda path: nullcontext())
+    path = str(tmp_path / "c.sock")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    others: list[Listener] = []
+    somebody_listens = listener_module._somebody_listens
+
+    def overtaken(path: str) -> bool:
+        monkeypatch.setattr(listener_module, "_somebody_listens", somebody_listens)
+        answer = somebody_listens(path)
+        with suppress(AddressError):
+            others.append(Listener(path))
+        return answer
+
+    monkeypatch.setattr(listener_module, "_somebody_listens", overtaken)
+    made = Listener(path)
+    assert len(others) == (0 if locked else 1)
+    for listener in (made, *others):
+        listener.close()
 
 
 def test_of_two_daemons_that_start_at_once_one_gets_the_socket(tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 
 from nbdwire import codec
 from nbdwire import constants as c
-from nbdwire.client import Client
+from nbdwire.client import Client, connect, list_exports
 from nbdwire.errors import ConnectionClosed, ProtocolError, RequestError
 from nbdwire.export import Export
 from nbdwire.extents import Extent
 from nbdwire.negotiate_client import ClientSession
 from nbdwire.transport import recv_exact_into
+from nbdwire.uri import NBDURI
 
 ALL = (
     c.TFLAG_HAS_FLAGS
@@ -52,8 +54,7 @@ class Peer:
             try:
                 while True:
                     recv_exact_into(self._sock, memoryview(header))
-                    _, *rest = codec.REQUEST.unpack(header)
-                    request: Request = tuple(rest)  # type: ignore[assignment]
+                    request: Request = codec.REQUEST.unpack(header)[1:]
                     self.requests.append(request)
                     if request[1] == c.CMD_DISC:
                         return
@@ -177,8 +178,9 @@ def test_writes_to_a_read_only_export_are_refused_without_a_request() -> None:
             lambda: client.zero(0, 1),
             lambda: client.trim(0, 1),
         ):
-            with pytest.raises(PermissionError):
+            with pytest.raises(RequestError) as caught:
                 call()
+            assert caught.value.errno == errno.EPERM
         client.flush()  # nothing was written, so nothing is to be flushed
     assert kinds(peer) == [(c.CMD_DISC, 0, 0, 0)]
 
@@ -377,9 +379,12 @@ HOSTILE_READS: dict[str, Callable[[int], list[bytes]]] = {
 @pytest.mark.parametrize("name", HOSTILE_READS)
 def test_a_hostile_answer_to_a_read_ends_the_connection(name: str) -> None:
     with answering(HOSTILE_READS[name]) as client:
+
+        def read_twice() -> bytes:
+            return client.pread(100, 100) + client.pread(100, 100)
+
         with pytest.raises(ProtocolError) as caught:
-            for _ in range(2):
-                client.pread(100, 100)
+            read_twice()
         assert "\n" not in str(caught.value)
         with pytest.raises(ProtocolError):  # and so do all later calls
             client.flush()
@@ -503,6 +508,64 @@ def test_a_server_that_sends_before_it_reads_on_does_not_block_the_client() -> N
         run_all([(work, n) for n in range(4)])
 
 
+class Turnstile:
+    """In place of the client's send lock: counts who comes, and keeps order or does not."""
+
+    def __init__(self, *, keeps_order: bool) -> None:
+        self.came = 0
+        self._lock = threading.Lock() if keeps_order else nullcontext()
+
+    def __enter__(self) -> None:
+        self.came += 1
+        self._lock.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.__exit__(None, None, None)
+
+    def acquire(self, *, blocking: bool) -> bool:
+        return blocking  # the client says no good-bye
+
+
+@pytest.mark.parametrize("keeps_order", [True, False], ids=["with the lock", "without (control)"])
+def test_requests_of_two_threads_do_not_mix_thanks_to_the_send_lock(keeps_order: bool) -> None:
+    """Both threads are sending 8 MiB when the server begins to read."""
+    big = 8 << 20
+    turnstile = Turnstile(keeps_order=keeps_order)
+    ours, theirs = socket.socketpair()
+    failures: list[int] = []
+    with theirs, Client(ours, ClientSession("disk", big, ALL)) as client:
+        client._send_lock = turnstile  # type: ignore[assignment]
+
+        def write(n: int) -> None:
+            try:
+                client.pwrite(bytes([n]) * big, 0)
+            except ConnectionClosed:
+                failures.append(n)
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in (1, 2)]
+        for thread in threads:
+            thread.start()
+        while turnstile.came < 2:
+            threads[0].join(0.001)
+        whole = all(take_whole_write(theirs, big) for _ in threads)
+        theirs.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+    assert whole == keeps_order
+    assert sorted(failures) == [1, 2]  # nobody was answered
+
+
+def take_whole_write(sock: socket.socket, length: int) -> bool:
+    """Receive one WRITE; whether it is one of bytes that are all the same."""
+    received = bytearray(codec.REQUEST_SIZE + length)
+    recv_exact_into(sock, memoryview(received))
+    payload = received[codec.REQUEST_SIZE :]
+    return codec.REQUEST.unpack_from(received)[0] == c.REQUEST_MAGIC and (
+        payload == payload[:1] * length
+    )
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_server_that_dies_fails_all_waiting_threads_and_every_later_call(count: int) -> None:
     ours, theirs = socket.socketpair()
@@ -578,7 +641,7 @@ def test_close_does_not_wait_for_a_sender_that_is_stuck() -> None:
 def test_an_interrupted_request_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with theirs, Client(ours, PLAIN) as client:
-        reader = client._reader  # noqa: SLF001
+        reader = client._reader
 
         class Interrupted:
             def read(self) -> None:
@@ -590,3 +653,14 @@ def test_an_interrupted_request_ends_the_connection(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(client, "_reader", reader)
         with pytest.raises(ConnectionClosed):
             client.pread(10, 0)
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with pytest.raises(ConnectionClosed, match="in time"):
+            connect(NBDURI(socket=path), timeout=0.1)
+        with pytest.raises(ConnectionClosed, match="in time"):
+            list_exports(f"nbd+unix:///?socket={path}", timeout=0.1)

@@ -1,3 +1,5 @@
+from struct import Struct
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ MODEST = settings(derandomize=True, deadline=None, max_examples=100)
         (codec.CHUNK_BLOCK_STATUS, 24),
     ],
 )
-def test_structures_have_the_sizes_of_the_specification(structure: codec.Struct, size: int) -> None:
+def test_structures_have_the_sizes_of_the_specification(structure: Struct, size: int) -> None:
     assert structure.size == size
 
 

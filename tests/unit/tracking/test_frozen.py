@@ -40,6 +40,10 @@ def test_since_none_is_the_whole_disk_in_one_extent() -> None:
     assert frozen.dirty_bytes(2) == 0
 
 
+def test_whoever_has_a_later_instant_needs_all_of_an_earlier_one() -> None:
+    assert frozen_map().dirty_bytes(3) == 10 * GRANULE + 5
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.data())
 def test_any_range_is_covered_exactly_and_says_of_each_byte_what_its_granule_is(

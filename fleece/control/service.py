@@ -10,9 +10,9 @@ JSON: TypeAlias = bool | int | float | str | list[Any] | dict[str, Any] | None
 class Service(Protocol):
     """The daemon, as its commands see it.
 
-    Every method may be called from several threads at once, answers with plain JSON values in the
-    shapes of ``docs/reference/control.md`` (keys with dashes, sizes in bytes, times in ISO 8601 and
-    UTC), and raises :class:`fleece.errors.FleeceError` for what a user can understand.
+    Every method may be called from several threads at once, answers with plain JSON values (keys
+    with dashes, sizes in bytes, times in ISO 8601 and UTC), and raises
+    :class:`fleece.errors.FleeceError` for what a user can understand.
     """
 
     def status(self) -> dict[str, Any]:

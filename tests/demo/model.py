@@ -7,6 +7,7 @@ its log fits. Over several writers the lengths must also be one instant: if a wr
 so is every write that was acknowledged before that one was even issued.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ class Window:
     high: tuple[int, ...]
 
     @property
-    def doubtful(self) -> int:
-        """How many writes were in flight, or issued, while the instant was taken."""
-        return sum(self.high) - sum(self.low)
+    def states(self) -> int:
+        """How many states of the disk are possible: every length of every writer's log."""
+        return math.prod(high - low + 1 for low, high in zip(self.low, self.high, strict=True))
 
 
 @dataclass(frozen=True)

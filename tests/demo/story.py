@@ -136,8 +136,8 @@ class Story:
         logs = self.writers.logs
         instant = model.prove(pulled, self._base, logs, window, self._dir / name)
         self._screen.proof(
-            f"byte for byte the disk after {instant.writes} writes: the one instant out of "
-            f"{window.doubtful + 1} that fits"
+            f"byte for byte the disk after {instant.writes} writes, "
+            f"the only one of {window.states} possible states"
         )
         self.writers.check()
         return instant
@@ -211,7 +211,7 @@ class Story:
         screen = self._screen
         screen.step(4, "A consumer that never came before")
         mine = self._snapshot_of("nightly")
-        before = pull.dirty_extents(mine["uris"][0], mine["context"])[0]
+        before = self._what_nightly_knows(mine)
         snapshot, window = self._create("offsite")
         entry = snapshot["disks"][0]
         require(entry["mode"] == "full", f"offsite was told {entry['mode']}")
@@ -221,10 +221,14 @@ class Story:
         client = pull.full_with_nbdcopy(entry["uris"][0], image)
         instant = self._prove(image, window, "instant-3.raw")
         self._row(f"offsite's snapshot, {client}", self._size, instant)
-        after = pull.dirty_extents(mine["uris"][0], mine["context"])[0]
-        require(after == before, "nightly's dirty extents changed when offsite came")
-        screen.proof("nightly's increment still says the same")
+        require(self._what_nightly_knows(mine) == before, "offsite changed nightly's increment")
+        screen.proof("nightly's cursor and the extents of its increment are what they were")
         self._undisturbed(mine, second)
+
+    def _what_nightly_knows(self, mine: dict[str, Any]) -> tuple[Any, Any]:
+        """Its cursors, and the dirty extents of its snapshot."""
+        cursors = [c for c in self.daemon.ask("cursor", "list") if c["consumer"] == "nightly"]
+        return cursors, pull.dirty_extents(mine["uris"][0], mine["context"])[0]
 
     def _snapshot_of(self, consumer: str) -> dict[str, Any]:
         """The disk entry of the newest snapshot of ``consumer``."""

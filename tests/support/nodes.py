@@ -122,3 +122,15 @@ def _remote_nbdkit(directory: Path, size: int, read_only: bool) -> Iterator[Any]
         closing(RemoteNode(uri, connections=3)) as node,
     ):
         yield node
+
+
+@node_case("qcow2", unit=512)
+def _qcow2(directory: Path, size: int, read_only: bool) -> Iterator[Any]:
+    from fleece.formats import open_image
+    from fleece.formats.qcow2.create import CreateOptions, create
+
+    path = directory / "disk.qcow2"
+    path.unlink(missing_ok=True)
+    create(path, size, CreateOptions(cluster_size=4096))
+    with closing(open_image(path, "qcow2", read_only=read_only)) as node:
+        yield node

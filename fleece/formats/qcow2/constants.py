@@ -63,4 +63,5 @@ MAX_L1_BYTES: Final = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
 MAX_BACKING_NAME: Final = 1023
 MAX_SNAPSHOTS: Final = 65536
-MAX_CHAIN_DEPTH: Final = 256
+# Each layer of a chain takes three Python frames of a read.
+MAX_CHAIN_DEPTH: Final = 200

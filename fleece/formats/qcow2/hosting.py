@@ -30,3 +30,10 @@ def _under_filters(file: Node) -> FileNode | None:
     while isinstance(file, Filter):
         file = file.next
     return file if isinstance(file, FileNode) else None
+
+
+def write_all(fd: int, view: bytes | memoryview, offset: int) -> None:
+    """``pwrite`` all of it; the kernel may take less at a time."""
+    done = os.pwrite(fd, view, offset)
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)

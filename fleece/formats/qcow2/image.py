@@ -28,7 +28,6 @@ from fleece.formats.qcow2.tables import corrupt
 from fleece.units import align_down, align_up
 from nbdwire.constants import CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA
 
-
 _ZEROES: Final = memoryview(bytes(1 << 20))
 
 

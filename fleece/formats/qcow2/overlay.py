@@ -38,6 +38,7 @@ from fleece.errors import ImageCorrupt, ImageError, NotFound, UnsupportedFeature
 from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2 import header as headers
 from fleece.formats.qcow2.header import Header
+from fleece.formats.qcow2.hosting import write_all
 from fleece.formats.qcow2.tables import ClusterRun, Scanner
 from fleece.units import align_up, format_size, is_power_of_two
 from nbdwire.constants import STATE_HOLE, STATE_ZERO
@@ -94,8 +95,8 @@ class Overlay:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, _data_offset(header))
-            _write_all(fd, memoryview(_start(header)), 0)
-            _write_all(fd, memoryview(_first_level(header).tobytes()), header.l1_offset)
+            write_all(fd, memoryview(_start(header)), 0)
+            write_all(fd, memoryview(_first_level(header).tobytes()), header.l1_offset)
         except BaseException:
             os.close(fd)
             path.unlink(missing_ok=True)
@@ -150,7 +151,7 @@ class Overlay:
         try:
             if len(view) != length:
                 view = _padded(view, length)
-            _write_all(self.fd, view, host)
+            write_all(self.fd, view, host)
             entry = host | c.COPIED
             if count == 1:
                 self._publish(first, entry.to_bytes(8, "big"))
@@ -184,7 +185,7 @@ class Overlay:
 
     def _withdraw(self, first: int, length: int) -> None:
         """Take back entries just written: their place is allocated, so this needs no space."""
-        _write_all(self.fd, memoryview(bytes(length)), self._tables + first * 8)
+        write_all(self.fd, memoryview(bytes(length)), self._tables + first * 8)
 
     def _give_back(self, host: int, length: int) -> None:
         with self._lock:
@@ -304,7 +305,7 @@ class Overlay:
         """
         with self._lock:
             header = _with_backing(self._header, path, fmt, self.path)
-            _write_all(self.fd, memoryview(_start(header)), 0)
+            write_all(self.fd, memoryview(_start(header)), 0)
             self._header = header
 
     def mark_broken(self) -> None:
@@ -318,7 +319,7 @@ class Overlay:
             with self._lock:
                 bits = self._header.incompatible | c.INCOMPATIBLE_CORRUPT
                 self._header = replace(self._header, incompatible=bits)
-                _write_all(self.fd, memoryview(bits.to_bytes(8, "big")), c.AT_INCOMPATIBLE)
+                write_all(self.fd, memoryview(bits.to_bytes(8, "big")), c.AT_INCOMPATIBLE)
         except OSError as error:
             log.warning("overlay %s cannot be marked as broken: %s; it is cut", self.path, error)
             self._cut()
@@ -436,9 +437,3 @@ def _padded(view: memoryview, length: int) -> memoryview:
     padded = bytearray(length)
     padded[: len(view)] = view
     return memoryview(padded)
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    done = os.pwrite(fd, view, offset)
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)

@@ -1,0 +1,257 @@
+"""A client that sends what it is told to, legal or not, and takes replies apart byte by byte.
+
+Only the handshake is the package's own; the transmission is written here a second time, so that a
+mistake of `nbdwire.codec` cannot hide itself.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from nbdwire.negotiate_client import ClientSession, client_handshake
+from nbdwire.transport import run_handshake
+from nbdwire.uri import NBDURI
+
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
+NAMES = ("read", "write", "disc", "flush", "trim", "cache", "zeroes", "status")
+
+NONE, DATA, HOLE, BLOCK_STATUS = 0, 1, 2, 5
+ERROR = 0x8001
+
+MAGIC = 0x25609513
+_REQUEST = struct.Struct(">IHHQQI")
+_SIMPLE, _CHUNK = 0x67446698, 0x668E33EF
+SECONDS = 20.0
+
+
+def request(
+    kind: int,
+    offset: int = 0,
+    length: int = 0,
+    *,
+    flags: int = 0,
+    cookie: int = 0,
+    payload: bytes = b"",
+    magic: int = MAGIC,
+) -> bytes:
+    return _REQUEST.pack(magic, flags, kind, cookie, offset, length) + payload
+
+
+@dataclass(frozen=True)
+class Chunk:
+    flags: int
+    kind: int
+    payload: bytes
+
+    @property
+    def done(self) -> bool:
+        return bool(self.flags & 1)
+
+    @property
+    def offset(self) -> int:
+        return int.from_bytes(self.payload[:8], "big")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(offset, length) that a content chunk tells about."""
+        if self.kind == HOLE:
+            return self.offset, int.from_bytes(self.payload[8:], "big")
+        return self.offset, len(self.payload) - 8
+
+    @property
+    def data(self) -> bytes:
+        return bytes(self.span[1]) if self.kind == HOLE else self.payload[8:]
+
+
+@dataclass
+class Reply:
+    """``error`` 0 is success. ``data`` is that of a simple reply; ``chunks`` of a structured one."""
+
+    cookie: int
+    error: int = 0
+    message: str = ""
+    data: bytes = b""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> list[int]:
+        return [chunk.kind for chunk in self.chunks]
+
+    @property
+    def content(self) -> list[Chunk]:
+        return [chunk for chunk in self.chunks if chunk.kind in (DATA, HOLE)]
+
+    def assemble(self, offset: int, length: int) -> bytes:
+        """What was read; every byte must have come once, whatever the chunks."""
+        if not self.chunks:
+            return self.data
+        parts = sorted(self.content, key=lambda chunk: chunk.offset)
+        position = offset
+        for chunk in parts:
+            assert chunk.span[0] == position, "a gap or an overlap between the chunks"
+            assert chunk.span[1] > 0, "an empty chunk"
+            position += chunk.span[1]
+        assert position == offset + length
+        return b"".join(chunk.data for chunk in parts)
+
+    def statuses(self) -> dict[int, list[tuple[int, int]]]:
+        """Context id -> [(length, flags)]."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for chunk in self.chunks:
+            assert chunk.kind == BLOCK_STATUS
+            number = int.from_bytes(chunk.payload[:4], "big")
+            assert number not in found, "two chunks for one context"
+            found[number] = list(struct.iter_unpack(">II", chunk.payload[4:]))  # type: ignore[arg-type]
+        return found
+
+
+class Raw:
+    """A connection in transmission."""
+
+    def __init__(self, sock: socket.socket, session: ClientSession) -> None:
+        self.sock = sock
+        self.session = session
+        self._cookie = 0
+        self._reads: dict[int, int] = {}
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        """As a crash of the client's host would look: no orderly end."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def make(
+        self, kind: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
+    ) -> bytes:
+        """A request with a cookie of its own, which `reply` will know."""
+        self._cookie += 1
+        cookie = self._cookie << 32 | 0xFEEDFACE
+        if kind == READ:
+            self._reads[cookie] = length
+        return request(kind, offset, length, flags=flags, cookie=cookie, payload=payload)
+
+    def ask(
+        self, kind: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
+    ) -> Reply:
+        """Send one request, return its reply."""
+        message = self.make(kind, offset, length, flags, payload)
+        self.send(message)
+        reply = self.reply()
+        assert message[8:16] == reply.cookie.to_bytes(8, "big"), "the reply to another request"
+        return reply
+
+    def read(self, offset: int, length: int, flags: int = 0) -> bytes:
+        reply = self.ask(READ, offset, length, flags)
+        assert reply.error == 0, reply
+        return reply.assemble(offset, length)
+
+    def write(self, offset: int, data: bytes, flags: int = 0) -> int:
+        """The error of the reply."""
+        return self.ask(WRITE, offset, len(data), flags, data).error
+
+    def in_step(self) -> None:
+        """Nothing but the answer to this comes: requests and replies match."""
+        assert self.ask(READ, 0, 1).error == 0
+
+    def take(self, length: int) -> bytes:
+        """Exactly so many bytes; EOFError if the server hangs up before."""
+        data = bytearray()
+        while len(data) < length:
+            part = self.sock.recv(min(length - len(data), 1 << 20))
+            if not part:
+                raise EOFError(f"{len(data)} of {length} bytes")
+            data += part
+        return bytes(data)
+
+    def hung_up(self) -> bool:
+        """Whether the server ends the connection; it may send what it still has to say."""
+        try:
+            while self.sock.recv(1 << 20):
+                pass
+        except OSError as error:
+            return error.errno in (errno.ECONNRESET, errno.EPIPE)
+        return True
+
+    def reply(self) -> Reply:
+        """The next reply; chunks of several replies must not be mixed, which no server of ours does."""
+        (magic,) = struct.unpack(">I", self.take(4))
+        if magic == _SIMPLE:
+            return self._simple()
+        assert magic == _CHUNK, f"{magic:#x} is no reply"
+        assert self.session.structured, "a chunk, and structured replies were not negotiated"
+        return self._chunks()
+
+    def _simple(self) -> Reply:
+        error, cookie = struct.unpack(">IQ", self.take(12))
+        length = self._reads.pop(cookie, 0)
+        assert not (length and self.session.structured), "a simple reply to a read"
+        return Reply(cookie, error, data=b"" if error else self.take(length))
+
+    def _chunks(self) -> Reply:
+        flags, kind, cookie, length = struct.unpack(">HHQI", self.take(16))
+        reply = Reply(cookie)
+        while True:
+            chunk = Chunk(flags, kind, self.take(length))
+            _check_chunk(chunk)
+            reply.chunks.append(chunk)
+            if chunk.kind == ERROR:
+                reply.error, size = struct.unpack(">IH", chunk.payload[:6])
+                assert len(chunk.payload) == 6 + size
+                reply.message = chunk.payload[6:].decode()
+            if chunk.done:
+                self._reads.pop(cookie, 0)
+                return reply
+            magic, flags, kind, again, length = struct.unpack(">IHHQI", self.take(20))
+            assert (magic, again) == (_CHUNK, cookie)
+
+
+def _check_chunk(chunk: Chunk) -> None:
+    """What section "Structured reply chunk types" demands of each."""
+    assert chunk.flags in (0, 1)
+    if chunk.kind == NONE:
+        assert chunk.payload == b""
+        assert chunk.done
+    elif chunk.kind == DATA:
+        assert len(chunk.payload) >= 9
+    elif chunk.kind == HOLE:
+        assert len(chunk.payload) == 12
+        assert chunk.span[1] > 0
+    elif chunk.kind == BLOCK_STATUS:
+        assert len(chunk.payload) >= 12
+        assert len(chunk.payload) % 8 == 4
+    else:
+        assert chunk.kind == ERROR
+        assert len(chunk.payload) >= 6
+
+
+def open_socket(where: NBDURI) -> socket.socket:
+    if where.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(SECONDS)
+        sock.connect(where.socket)
+    else:
+        sock = socket.create_connection((where.host, where.port), SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+@contextmanager
+def connected(
+    where: NBDURI, export: str = "disk", *, structured: bool = True, contexts: Sequence[str] = ()
+) -> Iterator[Raw]:
+    sock = open_socket(where)
+    try:
+        session = run_handshake(sock, client_handshake(export, contexts, structured), None)
+        sock.settimeout(SECONDS)
+        yield Raw(sock, session)
+    finally:
+        sock.close()

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -101,14 +102,17 @@ def text_of(tables: Sequence[Sequence[Row]], directory: Path, options: argparse.
     """The whole report as Markdown."""
     parts = [report.machine(directory, versions())]
     parts.append(
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}; medians; {options.runtime:g} s per run; "
-        f"images of {options.size} MiB of random data; unix sockets; higher is better, except for "
-        "p99 and CPU.\n"
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}; medians of runs in turns; images of "
+        f"{options.size} MiB of random data; unix sockets. Higher is better, except for p99 (of "
+        "latency at depth 1) and CPU time.\n"
     )
+    plain = f"`fleece export -f raw`; {options.runtime:g} s per run.\n"
+    under = "`fleece serve`; each run writes to about half of the clusters, most of them once.\n"
     for rows in tables:
         live_rows = rows[0].name.startswith("live-")
         title = "Live writes under a fresh snapshot" if live_rows else "One raw image, exported"
-        parts += [f"## {title}\n", report.summary(rows), report.table(rows)]
+        parts += [f"## {title}\n", under if live_rows else plain]
+        parts += [report.summary(rows), report.table(rows)]
     return "\n".join(parts)
 
 
@@ -141,6 +145,8 @@ def guarded(work: Callable[[], None]) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmarks; returns the exit status."""
     options = parse(argv)
+    # So that the servers are ended and the images removed, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.list:
         print("\n".join([c.name for c in matrix.cases()] + [f"live-{c[0]}" for c in live.CASES]))
         return 0

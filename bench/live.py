@@ -9,13 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from bench.fio import Job, perform
 from bench.qmp import QMP
 from bench.results import Row, Sample
 from bench.servers import OURS, STORAGE_DAEMON, accepts
-from bench.tools import Process, make_image, need, run, say, settle, wait_until
+from bench.tools import Process, make_images, need, run, say, settle, wait_until
 
 KiB = 1 << 10
 CLUSTER = 64 * KiB
@@ -24,44 +23,63 @@ SECONDS = 60.0  # the jobs are bounded by bytes; this is for a server that hangs
 CASES = (("4k-d16", 4 * KiB, 16), ("64k-d4", 64 * KiB, 4), ("1m-d4", 1024 * KiB, 4))
 
 
-class LiveDisk(Protocol):
-    """A server of one live disk that can take and drop a snapshot of it."""
+class LiveDisk:
+    """A server of one live disk that can take and drop a snapshot of it.
 
-    name: str
-    image: Path
-    uri: str
-    process: Process
+    It runs ``command``, answers at the socket ``control`` and exports the disk at ``uri``.
+    """
+
+    name = ""
+
+    def __init__(self, image: Path, uri: str, control: Path, command: list[str]) -> None:
+        self.image = image
+        self.uri = uri
+        self._control = control
+        self._command = command
+        self._process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        """The running server."""
+        assert self._process is not None
+        return self._process
+
+    def start(self) -> None:
+        """Return when it answers."""
+        self._process = Process(self.name, self._command, self._control.with_suffix(".log"))
+        wait_until(self._ready, f"{self.name} did not listen")
+
+    def _ready(self) -> bool:
+        self.process.check()
+        return accepts(self._control)
 
     def take(self) -> None:
         """Make a snapshot; the next write copies before it writes."""
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Remove it and its overlay."""
+        raise NotImplementedError
 
     def stop(self) -> None:
-        """End the server."""
+        """End the server, in whatever state it is."""
+        if self._process is not None:
+            self._process.stop()
 
 
-class Fleece:
+class Fleece(LiveDisk):
     """``fleece serve``, driven by its command line."""
 
     name = OURS
 
     def __init__(self, image: Path, directory: Path) -> None:
-        self.image = image
-        where = directory / "live-fleece.sock"
-        self.uri = f"nbd+unix:///disk0?socket={where}"
-        self._control = directory / "live-fleece.qmp"
+        where, control = directory / "live-fleece.sock", directory / "live-fleece.qmp"
         self._snapshot = ""
         self._fleece = [sys.executable, "-m", "fleece"]
-        command = [*self._fleece, "serve", "--disk", f"disk0={image}", "--socket", str(where)]
-        command += ["--control", str(self._control), "--state", str(directory / "live-state")]
-        self.process = Process(self.name, command, directory / "live-fleece.log")
-        wait_until(self._ready, "fleece serve did not listen")
-
-    def _ready(self) -> bool:
-        self.process.check()
-        return accepts(self._control)
+        command = [*self._fleece, "serve", "--disk", f"disk0={image},format=raw"]
+        command += ["--socket", str(where), "--control", str(control)]
+        command += ["--state", str(directory / "live-state")]
+        super().__init__(image, f"nbd+unix:///disk0?socket={where}", control, command)
 
     def _ask(self, *words: str) -> str:
         return run([*self._fleece, *words, "--json", "--control", str(self._control)])
@@ -74,30 +92,27 @@ class Fleece:
         """See `LiveDisk`."""
         self._ask("snapshot", "drop", self._snapshot)
 
-    def stop(self) -> None:
-        """See `LiveDisk`."""
-        self.process.stop()
 
-
-class StorageDaemon:
+class StorageDaemon(LiveDisk):
     """``qemu-storage-daemon``: a copy-before-write node put under a raw node by reopening it."""
 
     name = STORAGE_DAEMON
 
     def __init__(self, image: Path, directory: Path) -> None:
-        self.image = image
         self._overlay = directory / "live-qsd.qcow2"
         where, monitor = directory / "live-qsd.sock", directory / "live-qsd.qmp"
-        self.uri = f"nbd+unix:///disk0?socket={where}"
         command = [need("qemu-storage-daemon")]
         command += ["--chardev", f"socket,path={monitor},server=on,wait=off,id=c"]
         command += ["--monitor", "chardev=c", "--nbd-server", f"addr.type=unix,addr.path={where}"]
         command += ["--blockdev", f"driver=file,filename={image},node-name=proto"]
         command += ["--blockdev", "driver=raw,file=proto,node-name=live"]
         command += ["--export", "type=nbd,id=live,node-name=live,name=disk0,writable=on"]
-        self.process = Process(self.name, command, directory / "live-qsd.log")
-        wait_until(lambda: accepts(monitor), "qemu-storage-daemon did not listen")
-        self._qmp = QMP(monitor)
+        super().__init__(image, f"nbd+unix:///disk0?socket={where}", monitor, command)
+
+    def start(self) -> None:
+        """See `LiveDisk`; and connect to the monitor."""
+        super().start()
+        self._qmp = QMP(self._control)
 
     def take(self) -> None:
         """See `LiveDisk`. The filter works from the moment at which the raw node is reopened."""
@@ -131,11 +146,6 @@ class StorageDaemon:
             self._qmp.execute("blockdev-del", node_name=node)
         self._overlay.unlink()
 
-    def stop(self) -> None:
-        """See `LiveDisk`."""
-        self._qmp.close()
-        self.process.stop()
-
 
 KINDS: dict[str, Callable[[Path, Path], LiveDisk]] = {OURS: Fleece, STORAGE_DAEMON: StorageDaemon}
 
@@ -151,12 +161,11 @@ class LiveWrites:
 
     def start(self) -> None:
         """Make the images and start the servers."""
-        first: Path | None = None
-        for name in self._names:
-            image = self._directory / f"live-{name}.raw"
-            make_image(image, self._size, first)
-            first = first or image
+        images = [self._directory / f"live-{name}.raw" for name in self._names]
+        make_images(images, self._size)
+        for name, image in zip(self._names, images, strict=True):
             self.disks.append(KINDS[name](image, self._directory))
+            self.disks[-1].start()
 
     def stop(self) -> None:
         """End the servers and remove the images."""
@@ -181,7 +190,7 @@ class LiveWrites:
         return row
 
     def _sample(self, disk: LiveDisk, job: Job) -> Sample:
-        settle(disk.image, cached=True)
+        settle([other.image for other in self.disks])
         disk.take()
         before = disk.process.cpu_seconds()
         result = perform(job, disk.uri, self._directory)

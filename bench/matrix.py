@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.fio import Job, perform
 from bench.results import Row, Sample
 from bench.servers import Server
-from bench.tools import make_image, say, settle
+from bench.tools import make_images, say, settle
 
 KiB = 1 << 10
 _PATTERNS = ("randread", "read", "randwrite", "write")
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All rows, those with a warm page cache first."""
+    """All rows; those with a warm page cache first, because only new images have that."""
     product = itertools.product((True, False), _PATTERNS, _BLOCKS, _DEPTHS, _CONNECTIONS)
     return [Case(p, b, d, c, cached) for cached, p, b, d, c in product]
 
@@ -81,10 +81,8 @@ class Matrix:
 
     def start(self) -> None:
         """Make the images and start the servers."""
-        first: Path | None = None
+        make_images([server.image for server in self.servers], self._size)
         for server in self.servers:
-            make_image(server.image, self._size, first)
-            first = first or server.image
             server.start()
 
     def stop(self) -> None:
@@ -105,7 +103,8 @@ class Matrix:
 
     def _sample(self, server: Server, case: Case) -> Sample:
         server.process.check()
-        settle(server.image, case.cached)
+        images = [other.image for other in self.servers]
+        settle(images, drop=None if case.cached else server.image)
         before = server.process.cpu_seconds()
         result = perform(case.job(self._size, self._seconds), server.uri, self._directory)
         spent = server.process.cpu_seconds() - before

@@ -5,6 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
+import fleece
 from bench.tools import Process, find, need, run, wait_until
 
 OURS = "fleece"
@@ -66,7 +67,7 @@ class Server:
 
 def versions() -> dict[str, str]:
     """What each program says of itself, by name; without those that are not installed."""
-    found = {"python": sys.version.split()[0]}
+    found = {"fleece": fleece.__version__, "python": sys.version.split()[0]}
     for name in ("qemu-nbd", "qemu-storage-daemon", "nbdkit", "fio"):
         if find(name):
             words = run([need(name), "--version"]).splitlines()[0].replace("fio-", "fio ").split()

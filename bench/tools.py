@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 MiB = 1 << 20
@@ -98,25 +99,42 @@ class Process:
         self._popen.wait()
 
 
-def make_image(path: Path, size: int, like: Path | None = None) -> None:
-    """A file of ``size`` random bytes, or a copy of ``like``."""
-    if like is not None:
-        shutil.copyfile(like, path)
-        return
-    with path.open("wb") as file:
+def make_images(paths: Sequence[Path], size: int) -> None:
+    """Equal files of ``size`` random bytes, in a page cache that looks the same for each.
+
+    How a file came into the page cache decides in what pieces it lies there, and a small write
+    into a large piece costs the kernel many times what it costs the server. So all are dropped,
+    and read again as by a program that reads here and there: in single pages.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
         for _ in range(size // MiB):
-            file.write(os.urandom(MiB))
+            block = os.urandom(MiB)
+            for file in files:
+                file.write(block)
+    for path in paths:
+        settle([path], drop=path)
+        _read_all(path)
 
 
-def settle(path: Path, cached: bool) -> None:
-    """Nothing of ``path`` waits to be written; all of it is in the page cache, or nothing is."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fdatasync(descriptor)
-        if cached:
-            while os.read(descriptor, 8 * MiB):
-                pass
-        else:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def _read_all(path: Path) -> None:
+    buffer = bytearray(8 * MiB)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        while file.readinto(buffer):
+            pass
+
+
+def settle(paths: Sequence[Path], drop: Path | None = None) -> None:
+    """Nothing of ``paths`` waits to be written, and nothing of ``drop`` is in the page cache.
+
+    All paths, because what the last run left behind must not slow down the next one.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fdatasync(descriptor)
+            if path == drop:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

@@ -68,7 +68,8 @@ class Config:
         socket = self.socket
         if socket is None and not self.listen:
             socket = paths.nbd_socket()
-        unix = (NBDURI(socket=socket),) if socket else ()
+        # Absolute: the URIs that we tell must mean the same in every directory.
+        unix = (NBDURI(socket=os.path.abspath(socket)),) if socket else ()
         return unix + tuple(map(parse_listen, self.listen))
 
 

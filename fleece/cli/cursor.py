@@ -30,7 +30,7 @@ def configure(subparsers: Any) -> None:
         description="Forget a consumer: its next snapshot is to be read in full.",
         example="fleece cursor remove nightly --disk vm1",
     )
-    remove.add_argument("consumer", metavar="CONSUMER")
+    remove.add_argument("consumer", metavar="CONSUMER", help="whose cursors to remove")
     remove.add_argument("--disk", help="only for this disk (default: for all)")
     add_client_options(remove)
     remove.set_defaults(run=run_remove)

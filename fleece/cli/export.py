@@ -36,7 +36,7 @@ def configure(subparsers: Any) -> None:
     address.add_argument("--socket", metavar="PATH", help="listen at this unix socket")
     address.add_argument("--listen", metavar="HOST:PORT", help="listen at this address")
     parser.add_argument("--name", default="", help="the export's name (default: empty)")
-    parser.add_argument("-f", "--format", choices=("raw", "qcow2"), help="default: look into IMAGE")
+    parser.add_argument("-f", "--format", choices=("raw", "qcow2"), help="of IMAGE (default: look)")
     parser.add_argument("-r", "--read-only", action="store_true", help="refuse writes")
     parser.add_argument("image", metavar="IMAGE", help="a file or block device")
     add_json(parser)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleece.cli.arguments import add_json, checked
 from fleece.cli.output import print_json
+from fleece.control import paths
 from fleece.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,21 +44,33 @@ def configure(subparsers: Any) -> None:
 
 
 def _add_addresses(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--socket", metavar="PATH", help="listen for NBD at this unix socket")
+    defaults = paths.nbd_socket(), paths.control_socket(), str(paths.state_directory())
+    nbd, control, state = (text.replace("%", "%%") for text in defaults)
+    parser.add_argument(
+        "--socket", metavar="PATH", help=f"listen for NBD at this unix socket (default: {nbd})"
+    )
     parser.add_argument(
         "--listen",
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="listen for NBD at this address. May be repeated",
+        help="listen for NBD at this address, instead of the default socket. May be repeated",
     )
-    parser.add_argument("--control", metavar="PATH", help="the control socket to listen at")
-    parser.add_argument("--state", metavar="DIR", help="where to keep what survives a restart")
+    parser.add_argument(
+        "--control", metavar="PATH", help=f"the control socket to listen at (default: {control})"
+    )
+    parser.add_argument(
+        "--state",
+        metavar="DIR",
+        help=f"where to keep what survives a restart (default: {state})",
+    )
 
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     levels = ("debug", "info", "warning", "error", "critical")
-    parser.add_argument("--log-level", choices=levels, help="the least that is logged (info)")
+    parser.add_argument(
+        "--log-level", choices=levels, help="the least that is logged (default: info)"
+    )
     parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     parser.add_argument(
         "-v",

@@ -37,25 +37,27 @@ def _configure_create(commands: Any) -> None:
         "who came before, the export also tells what changed since.",
         example="fleece snapshot create vm1 vm2 --consumer nightly --lease 2h",
     )
-    parser.add_argument("disks", nargs="+", metavar="DISK")
+    parser.add_argument("disks", nargs="+", metavar="DISK", help="a disk that the daemon serves")
     parser.add_argument("--name", help="the snapshot's name (default: the daemon chooses one)")
     parser.add_argument("--consumer", metavar="C", help="whose backup it is: any word you choose")
     parser.add_argument(
         "--lease",
         type=value(parse_duration),
         metavar="TIME",
-        help="drop it by itself after TIME, such as 1h, unless it is extended",
+        help="drop it by itself after TIME, such as 1h, unless it is extended (default: as "
+        "configured, else never)",
     )
     parser.add_argument(
         "--cluster-size",
         type=value(parse_size),
         metavar="SIZE",
-        help="the unit in which old data is saved, 4k to 2M",
+        help="the unit in which old data is saved, 4k to 2M (default: as configured, else 64k)",
     )
     parser.add_argument(
         "--on-cbw-error",
         choices=("break-snapshot", "break-guest-write"),
-        help="what fails when old data cannot be saved: the snapshot or the guest's write",
+        help="what fails when old data cannot be saved: the snapshot or the guest's write "
+        "(default: as configured, else break-snapshot)",
     )
     add_client_options(parser)
     parser.set_defaults(run=run_create)
@@ -77,8 +79,10 @@ def _configure_ack(commands: Any) -> None:
         "to read next time counts from here. Without an ack nothing is lost: it reads more.",
         example="fleece snapshot ack s1",
     )
-    parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--consumer", metavar="C", help="default: for whom it was created")
+    parser.add_argument("name", metavar="NAME", help="the snapshot's name")
+    parser.add_argument(
+        "--consumer", metavar="C", help="who has it (default: for whom it was created)"
+    )
     add_client_options(parser)
     parser.set_defaults(run=run_ack)
 
@@ -90,9 +94,13 @@ def _configure_extend(commands: Any) -> None:
         description="Let the snapshot live for TIME from now on.",
         example="fleece snapshot extend s1 --lease 1h",
     )
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", help="the snapshot's name")
     parser.add_argument(
-        "--lease", type=value(parse_duration), required=True, metavar="TIME", help="such as 1h"
+        "--lease",
+        type=value(parse_duration),
+        required=True,
+        metavar="TIME",
+        help="from now on; such as 1h",
     )
     add_client_options(parser)
     parser.set_defaults(run=run_extend)
@@ -105,7 +113,7 @@ def _configure_drop(commands: Any) -> None:
         description="End snapshots: their exports go, their overlays are deleted.",
         example="fleece snapshot drop s1 s2",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="the snapshot's name")
     add_client_options(parser)
     parser.set_defaults(run=run_drop)
 

@@ -89,6 +89,7 @@ class Connection:
         catalog: Catalog,
         enter: Callable[["Connection", str], ServedExport | None],
         leave: Callable[["Connection"], None],
+        handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
         self.number = next(self._numbers)
         self.peer = peer
@@ -97,39 +98,43 @@ class Connection:
         self._catalog = catalog
         self._enter = enter
         self._leave = leave
+        self._handshake_seconds = handshake_seconds
+        self._closing = threading.Lock()
         self.thread = threading.Thread(target=self.run, name=f"nbd-{self.number}", daemon=True)
 
     def run(self) -> None:
         """Serve the client until it leaves, breaks the protocol, or is hung up."""
         try:
-            with self._sock:
-                negotiated = self._handshake()
-                if negotiated is not None:
-                    self._transmit(negotiated)
+            negotiated = self._handshake()
+            if negotiated is not None:
+                self._transmit(negotiated)
         except (NBDError, OSError) as problem:
             log.info("refused connection=%d peer=%s: %s", self.number, self.peer, problem)
         except Exception as problem:  # a fault of ours must not end the server
             log.error("connection=%d ended by a fault of this program: %r", self.number, problem)
             log.debug("where it happened", exc_info=problem)
         finally:
+            with self._closing:
+                self._sock.close()
             self._leave(self)
 
     def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Wake the thread out of the socket. SHUT_RD lets it answer what it has read."""
-        with contextlib.suppress(OSError):  # it has closed the socket itself
+        # The lock: a descriptor that is just being closed may already be another connection's.
+        with self._closing, contextlib.suppress(OSError):  # the client may be gone already
             self._sock.shutdown(how)
 
     def _handshake(self) -> Negotiated | None:
         tune(self._sock)
         if self._sock.family == socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        deadline = time.monotonic() + self._handshake_seconds
         return run_handshake(self._sock, server_handshake(self._catalog), deadline)
 
     def _transmit(self, negotiated: Negotiated) -> None:
         served = self._enter(self, negotiated.export.name)
-        if served is None:  # it was removed since it was negotiated
-            return
+        if served is None or served.info() != negotiated.export:
+            return  # it was removed, or replaced by another, since it was negotiated
         requests = Requests(
             size=served.size,
             flags=negotiated.flags,

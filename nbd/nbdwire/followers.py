@@ -9,7 +9,7 @@ answered in the order in which they end; there is no queue and no hand-over betw
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from nbdwire import constants as c
@@ -51,26 +51,29 @@ class Followers:
             threading.Thread(target=self._follow, name=f"{name}/w{index}", daemon=True)
             for index in range(1, self._threads)
         ]
-        for helper in helpers:
-            helper.start()
+        started = _start(helpers)
         self._follow()
-        for helper in helpers:
+        for helper in started:
             helper.join()
         if self._problem is not None:
             raise self._problem
 
     def _follow(self) -> None:
-        session = self._open_session()
-        follower = _Follower()
         try:
-            while self._next(follower):
-                reply, payload = self._carry_out(session, follower)
-                with self._write_lock:
-                    send_all(self._sock, reply, payload)
+            session = self._open_session()
+            try:
+                self._serve(session)
+            finally:
+                session.close()
         except Exception as problem:  # the connection is over; run() tells why
             self._end(problem)
-        finally:
-            session.close()
+
+    def _serve(self, session: Session) -> None:
+        follower = _Follower()
+        while self._next(follower):
+            reply, payload = self._carry_out(session, follower)
+            with self._write_lock:
+                send_all(self._sock, reply, payload)
 
     def _end(self, problem: Exception) -> None:
         """Wake the other threads: none of them must wait for a request that never comes."""
@@ -118,7 +121,7 @@ class Followers:
     ) -> tuple[bytes, bytes | memoryview]:
         """The reply to the follower's request, and the data behind it."""
         requests, f = self._requests, follower
-        self._count(f)
+        self._count(f.kind)
         number = requests.check(f.kind, f.flags, f.offset, f.length)
         if number:
             return requests.error(f.cookie, number), b""
@@ -136,8 +139,10 @@ class Followers:
         simple = SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, c.NBD_SUCCESS, f.cookie)
         if f.kind == c.CMD_WRITE:
             node.pwrite(view, f.offset, bool(f.flags & c.CMD_FLAG_FUA))
+            self._count_bytes(f)
             return simple, b""
         node.pread_into(view, f.offset)
+        self._count_bytes(f)
         if not self._requests.structured:
             return simple, view
         head = CHUNK_OFFSET_DATA.pack(
@@ -146,16 +151,31 @@ class Followers:
         )  # fmt: skip
         return head, view
 
-    def _count(self, follower: "_Follower") -> None:
+    def _count(self, kind: int) -> None:
         with self._count_lock:
-            if follower.kind == c.CMD_READ:
+            if kind == c.CMD_READ:
                 self.reads += 1
-                self.bytes_read += follower.length
-            elif follower.kind == c.CMD_WRITE:
+            elif kind == c.CMD_WRITE:
                 self.writes += 1
-                self.bytes_written += follower.length
             else:
                 self.others += 1
+
+    def _count_bytes(self, follower: "_Follower") -> None:
+        with self._count_lock:
+            if follower.kind == c.CMD_READ:
+                self.bytes_read += follower.length
+            else:
+                self.bytes_written += follower.length
+
+
+def _start(threads: Iterable[threading.Thread]) -> list[threading.Thread]:
+    """Those that could be started: a system that is short of threads gets fewer of them."""
+    started = []
+    with contextlib.suppress(RuntimeError):
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    return started
 
 
 class _Follower:

@@ -60,7 +60,11 @@ class Requests:
         self.structured = structured
         self.read_only = bool(flags & c.TFLAG_READ_ONLY)
         self.legal = legal_flags(flags)
-        self._contexts = [(number, functions.get(name)) for number, name in contexts]
+        # Only the allocation is the node's own: no other context may ever be answered with it.
+        self._contexts = [
+            (number, functions.get(name) if name == c.CONTEXT_BASE_ALLOCATION else functions[name])
+            for number, name in contexts
+        ]
 
     def check(self, kind: int, flags: int, offset: int, length: int) -> int:
         """0, or the errno for a request that must not be carried out."""
@@ -86,11 +90,14 @@ class Requests:
             return error_chunk(cookie, wire, message or os.strerror(number or errno.EIO))
         return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, wire, cookie)
 
-    def failure(self, cookie: int) -> bytes:
+    def failure(self, cookie: int, flags: int = 0) -> bytes:
         """The reply for the exception being handled; one that is no OSError is our fault."""
         problem = sys.exc_info()[1]
         if isinstance(problem, OSError):
-            return self.error(cookie, problem.errno, problem.strerror or "")
+            number = problem.errno
+            if number == errno.EOPNOTSUPP and not flags & c.CMD_FLAG_FAST_ZERO:
+                number = errno.EINVAL  # section "Error values": ENOTSUP is for FAST_ZERO alone
+            return self.error(cookie, number, problem.strerror or "")
         log.error("a request failed by a fault of this program: %r", problem)
         log.debug("where it happened", exc_info=problem)
         return self.error(cookie, errno.EIO, "internal error")
@@ -104,7 +111,7 @@ class Requests:
                 return self._block_status(node, flags, cookie, offset, length)
             _VERBS[kind](node, flags, offset, length)
         except Exception:  # every failure is answered; the connection goes on
-            return self.failure(cookie)
+            return self.failure(cookie, flags)
         return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, c.NBD_SUCCESS, cookie)
 
     def _block_status(
@@ -132,7 +139,7 @@ def collect(function: ExtentsFunction, offset: int, length: int, limit: int) -> 
                 return found
             else:
                 found.append(extent)
-        if found[-1].end <= position:
+        if not found or found[-1].end <= position:
             raise OSError(errno.EIO, "the list of extents made no progress")
         position = found[-1].end
     return found

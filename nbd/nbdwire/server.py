@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
-from nbdwire.connection import Connection, ServedExport
+from nbdwire.connection import HANDSHAKE_SECONDS, Connection, ServedExport
 from nbdwire.export import Export, ExtentsFunction, SupportsSessions
 from nbdwire.negotiate import ExportInfo
 from nbdwire.uri import NBDURI, parse
@@ -36,14 +36,21 @@ class Server:
     >>> server.listen("nbd+unix:///?socket=/run/x.sock")   # doctest: +SKIP
 
     ``default`` names the export that a client gets which asks for the empty name. All methods may
-    be called from any thread and while clients are connected.
+    be called from any thread and while clients are connected. At most ``max_connections`` clients
+    are served at once, those that are still in the handshake included; a client that has chosen no
+    export after ``handshake_seconds`` is hung up.
     """
 
     def __init__(
-        self, *, default: str | None = None, max_connections: int = MAX_CONNECTIONS
+        self,
+        *,
+        default: str | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
         self.default = default
         self._max_connections = max_connections
+        self._handshake_seconds = handshake_seconds
         self._exports: dict[str, ServedExport] = {}
         self._listeners: list[_Listener] = []
         self._connections: set[Connection] = set()
@@ -120,8 +127,13 @@ class Server:
         where = parse(uri) if isinstance(uri, str) else uri
         listener = _Listener(where, self._accepted)
         with self._lock:
-            self._listeners.append(listener)
-        listener.thread.start()
+            stopping = self._stopping
+            if not stopping:
+                self._listeners.append(listener)
+                listener.thread.start()
+        if stopping:
+            listener.close()
+            raise OSError(errno.ESHUTDOWN, "the server has been stopped")
         return listener.uri
 
     @property
@@ -130,7 +142,7 @@ class Server:
         return [listener.uri for listener in self._listeners]
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
-        conn = Connection(sock, peer, self, self._enter, self._leave)
+        conn = Connection(sock, peer, self, self._enter, self._leave, self._handshake_seconds)
         with self._lock:
             full = self._stopping or len(self._connections) >= self._max_connections
             if not full:
@@ -139,7 +151,12 @@ class Server:
             log.warning("refused peer=%s: %d clients are connected", peer, self._max_connections)
             sock.close()
             return
-        conn.thread.start()
+        try:
+            conn.thread.start()
+        except RuntimeError:  # the listener must outlive it
+            log.warning("refused peer=%s: the system has no thread to spare", peer)
+            self._leave(conn)
+            sock.close()
 
     def _enter(self, conn: Connection, name: str) -> ServedExport | None:
         """The client has chosen an export; None if that is gone by now."""
@@ -233,11 +250,19 @@ class _Listener:
 def _bind(uri: NBDURI) -> socket.socket:
     if uri.socket:
         return _bind_unix(uri.socket)
-    host = uri.host or "localhost"
-    family, kind, proto, _, address = socket.getaddrinfo(
-        host, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, proto)
+    found = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found[:-1]:
+        try:
+            return _bind_tcp(family, address)
+        except OSError as problem:
+            # localhost is often ::1 first, also where there is no IPv6.
+            if problem.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return _bind_tcp(found[-1][0], found[-1][4])
+
+
+def _bind_tcp(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -274,11 +299,8 @@ def _is_stale(path: str) -> bool:
     except FileNotFoundError:
         return False
     with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-    return False
+        probe.setblocking(False)  # a server that is too busy to accept is alive all the same
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -36,6 +36,7 @@ IN_SIZE: Final = 512 << 10
 OUT_SIZE: Final = 256 << 10
 SMALL_READ: Final = 32 << 10  # larger ones are sent with sendfile, or from a buffer of their own
 SEND_AT: Final = 64 << 10  # replies that have piled up this high are sent before the batch ends
+PREFETCH_MOST: Final = 64 << 20  # bytes asked of the storage ahead of one batch's replies
 MAX_RUNS: Final = 64  # a read that is more fragmented than this is copied, not sent run by run
 ZEROES: Final = bytes(64 << 10)
 
@@ -49,6 +50,7 @@ _SEND: Final = 1
 _LARGE_READ: Final = 2
 _LARGE_WRITE: Final = 3
 _DISCONNECT: Final = 4
+_GATE: Final = 5
 
 
 class Worker:
@@ -88,6 +90,8 @@ class Worker:
             if reason == _LARGE_READ:
                 self._large_read()
                 continue
+            if reason == _GATE:
+                continue
             if self._used:
                 self._send()
             if reason == _MORE_INPUT:
@@ -109,7 +113,7 @@ class Worker:
             if self._used >= SEND_AT:
                 return _SEND
             if kind == c.CMD_READ:
-                if length > SMALL_READ and not self._requests.check(kind, flags, offset, length):
+                if length > SMALL_READ:
                     return _LARGE_READ
                 self._start += HEADER
                 self._read(node, flags, cookie, offset, length)
@@ -126,6 +130,7 @@ class Worker:
             else:
                 self._start += HEADER
                 self._other(node, kind, flags, cookie, offset, length)
+                return _GATE  # it may have been slow: many of them must not keep a drain waiting
         return _MORE_INPUT
 
     def _read(self, node: Export, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -207,14 +212,19 @@ class Worker:
     def _prefetch(self, node: Export) -> None:
         """Storage has to be waited for: let the kernel start on every read of the batch at once."""
         self._probe = False
-        position = self._start - HEADER
-        while self._end - position >= HEADER:
+        position, budget = self._start - HEADER, PREFETCH_MOST
+        while self._end - position >= HEADER and budget > 0:
             _, _, kind, _, offset, length = REQUEST.unpack_from(self._in, position)
             position += HEADER
             if kind == c.CMD_WRITE:
                 position += length
-            elif kind == c.CMD_READ and offset + length <= self._size:
+            elif (
+                kind == c.CMD_READ
+                and 0 < length <= c.MAX_PAYLOAD  # length 0 would mean "to the end of the file"
+                and offset + length <= self._size
+            ):
                 node.prefetch(offset, length)  # type: ignore[attr-defined]
+                budget -= length
 
     # The socket: the gate is not held below, except around the verbs of a large read.
 
@@ -276,11 +286,13 @@ class Worker:
     # Large reads
 
     def _large_read(self) -> None:
-        """One read above SMALL_READ, already checked: by sendfile where its bytes lie in files."""
-        _, flags, _, cookie, offset, length = REQUEST.unpack_from(self._in, self._start)
+        """One read above SMALL_READ: by sendfile where its bytes lie in files."""
+        _, flags, kind, cookie, offset, length = REQUEST.unpack_from(self._in, self._start)
         self._start += HEADER
         self.reads += 1
-        self.bytes_read += length
+        if self._requests.check(kind, flags, offset, length):
+            self._refuse(kind, flags, cookie, offset, length)
+            return
         with self._session.gate:
             node = self._session.node
             try:
@@ -291,6 +303,7 @@ class Worker:
             except Exception:  # every failure is answered; the connection goes on
                 self._append(self._requests.failure(cookie))
                 return
+        self.bytes_read += length
         if not runs:
             self._head_of_data(cookie, offset, length, c.REPLY_FLAG_DONE)
             self._send_with(memoryview(self._data)[:length])
@@ -315,9 +328,10 @@ class Worker:
         while self._map and covered < length:
             more = node.map(offset + covered, length - covered)  # type: ignore[attr-defined]
             runs += more
-            if len(runs) > MAX_RUNS or any(run[0] == OPAQUE_RUN for run in more):
+            step = sum(run[2] for run in more)
+            if not step or len(runs) > MAX_RUNS or any(run[0] == OPAQUE_RUN for run in more):
                 return []
-            covered += sum(run[2] for run in more)
+            covered += step
         return runs
 
     def _read_aside(self, node: Export, offset: int, length: int) -> None:

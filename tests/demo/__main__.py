@@ -5,6 +5,7 @@ Exit status 0 if every proof held, 1 if one did not, 2 for a wrong command line.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> int:
     """Run the demo; returns the exit status."""
     options = parse(argv)
     screen = Screen(sys.stdout)
+    # So that the daemon is ended and the directory removed, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def test_the_demo_fails_if_what_was_pulled_is_not_an_instant(
     )
     told = story(tmp_path)
     try:
-        with pytest.raises(DemoFailed, match="not the disk at any instant|exactly one"):
+        with pytest.raises(DemoFailed, match=r"not the disk at any instant|exactly one"):
             told.tell()
     finally:
         told.close()

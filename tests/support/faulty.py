@@ -1,7 +1,8 @@
 """Exports that fail, wait and lie about where their bytes are, as a test wants them to."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ class Stuck:
     def __call__(self, *_: object) -> None:
         self.entered.set()
         wait_for(self.go_on)
+
+
+@contextmanager
+def hanging(node: Hooked, verb: str) -> Iterator[Stuck]:
+    """The verb does not end within the block."""
+    stuck = Stuck()
+    node.before[verb] = stuck
+    try:
+        yield stuck
+    finally:
+        stuck.go_on.set()
 
 
 class Mapped(FileNode):

@@ -69,7 +69,7 @@ class Chunk:
 
 @dataclass
 class Reply:
-    """``error`` 0 is success. ``data`` is that of a simple reply; ``chunks`` of a structured one."""
+    """``error`` 0 is success. A simple reply has ``data``, a structured one has ``chunks``."""
 
     cookie: int
     error: int = 0
@@ -182,7 +182,7 @@ class Raw:
         return True
 
     def reply(self) -> Reply:
-        """The next reply; chunks of several replies must not be mixed, which no server of ours does."""
+        """The next reply. Chunks of several replies must not be mixed; our server does not."""
         (magic,) = struct.unpack(">I", self.take(4))
         if magic == _SIMPLE:
             return self._simple()

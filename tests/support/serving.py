@@ -1,5 +1,6 @@
-"""A `nbdwire.Server` of ours on a socket of the test's own directory, with the disk that it serves."""
+"""A `nbdwire.Server` on a socket in the test's own directory, with the disk that it serves."""
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,6 @@ def serving(
         yield server, server.listen(where)
 
 
-def pattern(length: int, seed: int = 1) -> bytes:
-    """Bytes without zeroes that differ from place to place."""
-    block = bytes((seed * 31 + index * 7) % 255 + 1 for index in range(4093))
-    return (block * (length // len(block) + 1))[:length]
+def noise(length: int, seed: int = 1) -> bytes:
+    """Bytes that differ from place to place; the same for the same ``seed``."""
+    return random.Random(seed).randbytes(length)

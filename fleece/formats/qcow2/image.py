@@ -72,20 +72,34 @@ class Qcow2Node(Qcow2Reader):
         """Write in place where the clusters are there, else allocate (and copy what is around)."""
         if not self._meta.begun:
             self._begin()
-        cluster = offset >> self._bits
-        count = ((offset + len(buf) - 1) >> self._bits) - cluster + 1
-        with self._lock:
-            runs = self._map.lookup(cluster, count)
-            stable = self._meta.clean
-        if len(runs) == 1 and runs[0].kind == c.NORMAL and runs[0].clusters == count:
-            where = runs[0].host + (offset & self._mask)
-            self._write_in_place(buf, where, fua=fua and stable)
-            if not fua or stable:
-                return
+        where = self._own_place(offset, len(buf))
+        if where >= 0 and not fua:
+            self._write_in_place(buf, where)
+        elif where >= 0:
+            with self._lock:
+                stable = self._meta.clean  # the entries too: they never move once they are there
+            self._write_in_place(buf, where, fua=stable)
+            if not stable:
+                self.flush()
         else:
             self._write_allocating(buf, offset)
-        if fua or self._meta.crowded:
-            self.flush()
+            if fua or self._meta.crowded:
+                self.flush()
+
+    def _own_place(self, offset: int, length: int) -> int:
+        """Where in the file a range lies that is one run of clusters of our own; else -1."""
+        cluster = offset >> self._bits
+        count = ((offset + length - 1) >> self._bits) - cluster + 1
+        with self._lock:
+            if count == 1:
+                entry = self._map.entry(cluster)
+                if entry & self._special or not entry & c.COPIED or not entry & c.OFFSET_MASK:
+                    return -1
+                return (entry & c.OFFSET_MASK) + (offset & self._mask)
+            runs = self._map.lookup(cluster, count)
+        if len(runs) > 1 or runs[0].kind != c.NORMAL:
+            return -1
+        return runs[0].host + (offset & self._mask)
 
     def _write_in_place(self, buf: memoryview, where: int, *, fua: bool = False) -> None:
         end = where + len(buf)
@@ -126,7 +140,7 @@ class Qcow2Node(Qcow2Reader):
         kept = kind == c.ZERO_ALLOC
         host = align_down(where, self._mask + 1) if kept else self._allocate(count)
         try:
-            self._fill(part, view, host)
+            end = self._fill(part, view, host)
         except BaseException:
             if not kept:
                 with self._lock:
@@ -135,26 +149,28 @@ class Qcow2Node(Qcow2Reader):
         step = self._mask + 1
         entries = list(range(host | c.COPIED, (host | c.COPIED) + count * step, step))
         with self._lock:
-            self._file_end = max(self._file_end, host + (offset & self._mask) + length)
+            self._file_end = max(self._file_end, end)
             self._meta.publish(first, entries)
 
     def _allocate(self, count: int) -> int:
         with self._lock:
             return self._meta.counts.allocate(count)
 
-    def _fill(self, part: Part, view: memoryview, host: int) -> None:
-        """Write ``view`` to its place in the clusters at ``host``, and what belongs around it."""
+    def _fill(self, part: Part, view: memoryview, host: int) -> int:
+        """Write ``view`` to its place in the clusters at ``host``, and what belongs around it.
+
+        Returns the host offset behind what was written.
+        """
         kind, _, offset, length = part
         head = offset & self._mask
         tail = -(head + length) & self._mask
-        if not head and not tail:
-            self.file.pwrite(view, host)
-            return
         # What is not written of a new cluster at the end of a regular file reads as zeroes.
-        if kind != c.ZERO_ALLOC and self._reads_zero(part) and self._meta.counts.fresh_is_zero:
+        fresh = kind != c.ZERO_ALLOC and self._meta.counts.fresh_is_zero
+        if (not head and not tail) or (fresh and self._reads_zero(part)):
             self.file.pwrite(view, host + head)
-            return
+            return host + head + length
         self._fill_around(view, host, offset)
+        return host + head + length + tail
 
     def _reads_zero(self, part: Part) -> bool:
         """Whether all of the clusters that the part touches read as zeroes without it."""

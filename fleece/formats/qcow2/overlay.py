@@ -250,6 +250,12 @@ class Overlay:
 
     def map(self, offset: int, length: int) -> list[Run]:
         """Runs of the overlay's file, and zero runs, of all of the range."""
+        first = offset >> self._bits
+        if (offset + length - 1) >> self._bits == first:  # most reads: half the time this way
+            entry = int.from_bytes(os.pread(self.fd, 8, self._tables + first * 8), "big")
+            if entry > c.COPIED:
+                inside = offset & (self.cluster_size - 1)
+                return [(self.fd, (entry & c.OFFSET_MASK) + inside, length)]
         out: list[Run] = []
         position, end = offset, offset + length
         for kind, host, count in self._runs(offset, length):

@@ -47,6 +47,8 @@ class Qcow2Reader(Node):
         self.backing = backing
         self._bits = header.cluster_bits
         self._mask = header.cluster_size - 1
+        # Entries with one of these bits need a closer look.
+        self._special = c.COMPRESSED | c.ZERO | c.L2_RESERVED | self._mask
         self._meta = Metadata(file, header, counts)
         self._lock = self._meta.lock
         self._map = self._meta.map
@@ -58,20 +60,19 @@ class Qcow2Reader(Node):
 
     def pread_into(self, buf: memoryview, offset: int) -> None:
         """Fill ``buf``; a request inside one allocated cluster takes one lock and one read."""
-        cluster = offset >> self._bits
-        if (offset + len(buf) - 1) >> self._bits == cluster:
-            with self._lock:
-                entry = self._map.entry(cluster)
-            kind, host = self._map.scanner.decode(entry)
-            if kind in (c.NORMAL, c.SHARED):
-                self.file.pread_into(buf, host + (offset & self._mask))
-                return
+        where = self._place(offset, len(buf))
+        if where >= 0:
+            self.file.pread_into(buf, where)
+            return
         for part in self._parts(offset, len(buf)):
             at = part[2] - offset
             self._read_part(part, buf[at : at + part[3]])
 
     def pread_cached(self, buf: memoryview, offset: int) -> bool:
         """As `pread_into`, or False if data has to be waited for (the tables may have to be)."""
+        where = self._place(offset, len(buf))
+        if where >= 0:
+            return self.file.pread_cached(buf, where)
         for kind, where, start, length in self._parts(offset, len(buf)):
             view = buf[start - offset : start - offset + length]
             if kind in (c.NORMAL, c.SHARED):
@@ -93,6 +94,18 @@ class Qcow2Reader(Node):
             elif kind == c.UNALLOCATED and (n := self._in_backing(start, count)):
                 assert self.backing is not None
                 self.backing.prefetch(start, n)
+
+    def _place(self, offset: int, length: int) -> int:
+        """Where in the file a range lies that is inside one cluster with data; else -1."""
+        cluster = offset >> self._bits
+        if (offset + length - 1) >> self._bits != cluster:
+            return -1
+        with self._lock:
+            entry = self._map.entry(cluster)
+        host = entry & c.OFFSET_MASK
+        if not host or entry & self._special:
+            return -1
+        return host + (offset & self._mask)
 
     def _parts(self, offset: int, length: int) -> list[Part]:
         """All of the range, in order."""

@@ -97,8 +97,8 @@ class Refcounts:
 
     def _block(self, index: int) -> Table:
         offset = int(self._table[index])
-        if offset & (self._size - 1):
-            raise corrupt(f"refcount block {index} at {offset:#x} is not aligned")
+        if offset & (self._size - 1) or offset > c.MAX_SIZE - self._size:
+            raise corrupt(f"refcount block {index} cannot be at {offset:#x}")
         return self.cache.get(offset)
 
     def _counts(self, block: Table) -> NDArray[np.unsignedinteger]:
@@ -128,8 +128,7 @@ class Refcounts:
         if last >= self._capacity:
             self._grow_table(last + 1)
             return self._missing_block(count)
-        absent = np.flatnonzero(self._table[first : last + 1] == 0)
-        return first + int(absent[0]) if len(absent) else None
+        return next((i for i in range(first, last + 1) if not self._table[i]), None)
 
     def _add_block(self, index: int) -> None:
         """Put a block into the next free cluster. If that is one of its own, it counts itself."""
@@ -184,8 +183,9 @@ class Refcounts:
         self._retired.append((first, count))
 
     def _set(self, first: int, count: int, value: int) -> None:
+        width = self._dtype.itemsize
         for block, low, high in self._ranges(first, count):
-            self._counts(block)[low:high] = value
+            block.data[low * width : high * width] = value.to_bytes(width, "big") * (high - low)
 
     def _drop(self, first: int, count: int) -> None:
         """One reference less. A count that is 0 already stays so: the image was corrupt before."""

@@ -56,10 +56,26 @@ class Scanner:
 
     def scan(self, runs: list[ClusterRun], data: bytes | bytearray, index: int, count: int) -> None:
         """Add the runs of ``count`` entries of ``data``, a table, from ``index``."""
-        if count < _VECTOR_FROM:
-            for (entry,) in _ENTRY.iter_unpack(data[index * 8 : (index + count) * 8]):
-                _append(runs, *self.decode(entry), 1, self._size)
+        if count >= _VECTOR_FROM:
+            self._scan_vector(runs, data, index, count)
             return
+        first = expected = -1
+        n, size = 0, self._size
+        for (entry,) in _ENTRY.iter_unpack(data[index * 8 : (index + count) * 8]):
+            if entry != expected:
+                if n:
+                    _append(runs, *self.decode(first), n, self._size)
+                first, n = entry, 0
+            n += 1
+            if entry & c.COMPRESSED:
+                expected = -1  # such a cluster is a run of its own
+            else:
+                expected = entry + size if entry & c.OFFSET_MASK else entry
+        _append(runs, *self.decode(first), n, self._size)
+
+    def _scan_vector(
+        self, runs: list[ClusterRun], data: bytes | bytearray, index: int, count: int
+    ) -> None:
         entries = np.frombuffer(data, ">u8", count, index * 8).astype(np.uint64)
         for start, stop in self._pieces(entries):
             _append(runs, *self.decode(int(entries[start])), stop - start, self._size)

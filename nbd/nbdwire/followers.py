@@ -20,6 +20,8 @@ from nbdwire.requests import Requests
 from nbdwire.transport import recv_exact_into, send_all
 
 THREADS: Final = 8
+BUFFER: Final = 64 << 10
+KEEP_SIZE: Final = 1 << 20  # larger buffers are given back, lest idle clients pin them
 
 
 class Followers:
@@ -74,6 +76,7 @@ class Followers:
             reply, payload = self._carry_out(session, follower)
             with self._write_lock:
                 send_all(self._sock, reply, payload)
+            follower.rest()
 
     def _end(self, problem: Exception) -> None:
         """Wake the other threads: none of them must wait for a request that never comes."""
@@ -184,9 +187,13 @@ class _Follower:
     def __init__(self) -> None:
         self.head = memoryview(bytearray(REQUEST.size))
         self.flags = self.kind = self.cookie = self.offset = self.length = 0
-        self._buffer = bytearray(64 << 10)
+        self._buffer = bytearray(BUFFER)
 
     def room(self, length: int) -> memoryview:
         if len(self._buffer) < length:
             self._buffer = bytearray(length)
         return memoryview(self._buffer)[:length]
+
+    def rest(self) -> None:
+        if len(self._buffer) > KEEP_SIZE:
+            self._buffer = bytearray(BUFFER)

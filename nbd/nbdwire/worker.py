@@ -34,6 +34,7 @@ from nbdwire.requests import Requests
 HEADER: Final = REQUEST.size
 IN_SIZE: Final = 512 << 10
 OUT_SIZE: Final = 256 << 10
+KEEP_SIZE: Final = 5 << 20  # buffers that grew beyond it are given back, lest idle clients pin them
 SMALL_READ: Final = 32 << 10  # larger ones are sent with sendfile, or from a buffer of their own
 SEND_AT: Final = 64 << 10  # replies that have piled up this high are sent before the batch ends
 PREFETCH_MOST: Final = 64 << 20  # bytes asked of the storage ahead of one batch's replies
@@ -248,6 +249,9 @@ class Worker:
             needed += REQUEST.unpack_from(self._in, self._start)[5]
         if held == 0:
             self._start = self._end = 0
+            if len(self._in) > KEEP_SIZE:
+                self._in = bytearray(IN_SIZE)
+                self._in_view = memoryview(self._in)
         elif self._start + needed > len(self._in):
             moved = self._in_view[self._start : self._end]
             if needed > len(self._in):
@@ -307,6 +311,8 @@ class Worker:
         if not runs:
             self._head_of_data(cookie, offset, length, c.REPLY_FLAG_DONE)
             self._send_with(memoryview(self._data)[:length])
+            if length > KEEP_SIZE:
+                self._data = bytearray()
         elif not self._structured or flags & c.CMD_FLAG_DF:
             self._send_one_chunk(runs, cookie, offset, length)
         else:

@@ -46,6 +46,7 @@ def likeness(text: str, directory: str = "") -> list[str]:
     text = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "ID", text)
     text = re.sub(r"\b\d+(\.\d+)? ms\b", "N ms", text)
     text = re.sub(r"\bnow\b|\b\d+ s ago\b", "AGO", text)
+    text = re.sub(r"\bin \d+ (h|min)( \d+ (min|s))?\b", "in TIME", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [line for line in lines if line]
 

@@ -14,7 +14,7 @@ def find(name: str) -> str | None:
 
 
 def require(name: str) -> str:
-    """The path of the program ``name``; without it the test fails in CI and is skipped elsewhere."""
+    """The path of the program; without it the test fails in CI and is skipped elsewhere."""
     path = find(name)
     if path is None:
         message = f"{name} is not installed; ./run setup installs it"

@@ -122,6 +122,7 @@ def test_outputs_are_alike_if_only_times_and_ids_differ() -> None:
     one = "held for 0.2 ms\nx  1 MiB  now\n/d/a 0b5c1f6e-0000-4000-8000-00000000000a\n"
     two = "held for 11 ms\nx 1 MiB 2 s ago\n\n$DIR/a ffffffff-1111-4111-8111-111111111111"
     assert likeness(one, "/d") == likeness(two)
+    assert likeness("dropped in 2 h unless") == likeness("dropped in 1 h 59 min unless")
     assert likeness("1 MiB") != likeness("2 MiB")
     assert shape([{"a": 1}, {"a": 2}]) == shape([{"a": 3}])
     assert shape({"a": None}) != shape({"a": 1})

@@ -85,6 +85,14 @@ def test_reads_and_writes_are_exact(client: Raw, length: int) -> None:
     assert reply.kinds in ([DATA], [])
 
 
+def test_a_thread_gives_a_large_buffer_back() -> None:
+    follower = followers._Follower()
+    for length in (MOST, followers.KEEP_SIZE + 1):
+        assert len(follower.room(length)) == length
+        follower.rest()
+        assert len(follower._buffer) == followers.BUFFER
+
+
 def test_illegal_requests_are_refused_in_step(client: Raw) -> None:
     for kind, offset, length, flags, error in [
         (raw.READ, 0, MOST + 1, 0, c.NBD_EINVAL),

@@ -238,6 +238,12 @@ def test_req_one_gives_one_extent_as_long_as_its_status_lasts() -> None:
     assert dirty == [((1 << 20) - 100, 0)]
 
 
+def test_the_longest_status_that_can_be_asked_for_fits_into_its_32_bits() -> None:
+    requests = Requests(size=1 << 50, flags=0, structured=True, contexts=((1, BASE),), functions={})
+    reply = requests.execute(NullNode(1 << 50), STATUS, 0, 9, 1 << 49, 0xFFFFFFFF)
+    assert statuses(reply) == [(1, 1, [(0xFFFFFFFF, 3)])]
+
+
 def test_a_failing_context_fails_the_whole_status() -> None:
     def broken(offset: int, length: int) -> list[Extent]:
         raise OSError(errno.ENOMEM, "too much")

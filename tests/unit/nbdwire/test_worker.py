@@ -12,6 +12,9 @@ from fleece.block.file import FileNode
 from fleece.block.memory import MemoryNode
 from nbdwire import constants as c
 from nbdwire import worker
+from nbdwire.connection import PlainSession
+from nbdwire.negotiate_client import ClientSession
+from nbdwire.requests import Requests
 from tests.support import nbdraw as raw
 from tests.support.faulty import Hooked, Mapped
 from tests.support.nbdraw import DATA, ERROR, FUA, HOLE, NONE, Raw, connected
@@ -305,6 +308,23 @@ def test_slow_verbs_in_a_pipeline_leave_the_gate_between_them(tmp_path: Path) ->
     assert text.count("f") == 20
     assert "ff" not in text
     assert text.endswith("oc")
+
+
+def test_an_idle_connection_pins_no_large_buffers() -> None:
+    node = MemoryNode(SIZE)
+    ours, theirs = socket.socketpair()
+    flags = c.TFLAG_SEND_FUA
+    requests = Requests(size=SIZE, flags=flags, structured=False, contexts=(), functions={})
+    loop = worker.Worker(theirs, PlainSession(node), requests)
+    ours.settimeout(raw.SECONDS)
+    with ours, theirs, in_thread(loop.run):
+        client = Raw(ours, ClientSession("disk", SIZE, flags))
+        data = noise(MOST)
+        assert client.write(1, data) == 0
+        assert client.read(1, MOST) == data
+        client.in_step()
+        wait_until(lambda: len(loop._in) + len(loop._data) + len(loop._out) < 1 << 20)
+        client.send(client.make(raw.DISC))
 
 
 def test_two_clients_do_not_wait_for_each_other(tmp_path: Path) -> None:

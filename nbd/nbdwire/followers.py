@@ -73,10 +73,12 @@ class Followers:
     def _serve(self, session: Session) -> None:
         follower = _Follower()
         while self._next(follower):
-            reply, payload = self._carry_out(session, follower)
-            with self._write_lock:
-                send_all(self._sock, reply, payload)
+            self._send(*self._carry_out(session, follower))
             follower.rest()
+
+    def _send(self, reply: bytes, payload: bytes | memoryview) -> None:
+        with self._write_lock:
+            send_all(self._sock, reply, payload)
 
     def _end(self, problem: Exception) -> None:
         """Wake the other threads: none of them must wait for a request that never comes."""

@@ -2,14 +2,17 @@
 
 import itertools
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleece.block.graph import Disk, drained
 from fleece.block.node import Node
 from fleece.formats.qcow2.overlay import Overlay
 from fleece.snapshots.cbw import BREAK_SNAPSHOT, CopyBeforeWrite, Level
 from fleece.snapshots.fleecing import Fleecing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLUSTER = 65536
 

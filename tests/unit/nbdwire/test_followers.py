@@ -152,7 +152,7 @@ def test_a_client_that_leaves_in_a_payload_has_written_nothing(
                 client.send(raw.request(raw.WRITE, 0, length, payload=b"\xff" * sent))
             wait_until(lambda: server.clients() == 0)
         assert writes == []
-        assert threading.active_count() == threads
+        wait_until(lambda: threading.active_count() == threads)
 
 
 def test_a_session_that_cannot_be_opened_ends_the_connection_and_no_thread_is_left(
@@ -176,7 +176,7 @@ def test_a_session_that_cannot_be_opened_ends_the_connection_and_no_thread_is_le
         with connected(where) as client:
             assert client.hung_up()
         wait_until(lambda: server.clients() == 0)
-        assert threading.active_count() == threads
+        wait_until(lambda: threading.active_count() == threads)
 
 
 def test_fewer_threads_than_wanted_serve_all_the_same(
@@ -194,7 +194,7 @@ def test_fewer_threads_than_wanted_serve_all_the_same(
         threads = threading.active_count()
         with connected(where) as client:
             client.in_step()
-            assert threading.active_count() == threads + 3
+            wait_until(lambda: threading.active_count() == threads + 3)
         wait_until(lambda: server.clients() == 0)
 
 

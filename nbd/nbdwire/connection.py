@@ -89,6 +89,7 @@ class Connection:
         catalog: Catalog,
         enter: Callable[["Connection", str], ServedExport | None],
         leave: Callable[["Connection"], None],
+        turn: threading.Lock,
         handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
         self.number = next(self._numbers)
@@ -98,6 +99,7 @@ class Connection:
         self._catalog = catalog
         self._enter = enter
         self._leave = leave
+        self._turn = turn
         self._handshake_seconds = handshake_seconds
         self._closing = threading.Lock()
         self.thread = threading.Thread(target=self.run, name=f"nbd-{self.number}", daemon=True)
@@ -155,7 +157,7 @@ class Connection:
             return
         session = served.open_session()
         try:
-            self._serve(Worker(self._sock, session, requests))
+            self._serve(Worker(self._sock, session, requests, self._turn))
         finally:
             session.close()
 

@@ -55,6 +55,7 @@ class Server:
         self._listeners: list[_Listener] = []
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # of the connections: see nbdwire.lookout
         self._stopping = False
 
     # Exports
@@ -142,7 +143,9 @@ class Server:
         return [listener.uri for listener in self._listeners]
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
-        conn = Connection(sock, peer, self, self._enter, self._leave, self._handshake_seconds)
+        conn = Connection(
+            sock, peer, self, self._enter, self._leave, self._turn, self._handshake_seconds
+        )
         with self._lock:
             full = self._stopping or len(self._connections) >= self._max_connections
             if not full:

@@ -7,7 +7,8 @@ One thread, blocking socket, no queue. What makes it fast, in order of what it s
 * small reads go from the page cache straight into their place in the reply buffer;
 * large reads of file runs never enter this process (``sendfile``), holes travel as hole chunks;
 * a write goes from the receive buffer to the file: its payload is not copied in between;
-* the first read of a batch that would wait for storage makes the kernel start on all of them.
+* the first read of a batch that would wait for storage makes the kernel start on all of them;
+* while its client asks again within microseconds the loop does not sleep (`nbdwire.lookout`).
 
 The session's gate is taken once for each batch and never held while the client is waited for.
 """
@@ -15,6 +16,7 @@ The session's gate is taken once for each batch and never held while the client 
 import errno
 import os
 import socket
+import threading
 from typing import Final
 
 from nbdwire import constants as c
@@ -29,6 +31,7 @@ from nbdwire.export import (
     SupportsMap,
     SupportsPrefetch,
 )
+from nbdwire.lookout import Lookout
 from nbdwire.requests import Requests
 
 HEADER: Final = REQUEST.size
@@ -57,7 +60,9 @@ _GATE: Final = 5
 class Worker:
     """Serves one connection in transmission until the client leaves or breaks the protocol."""
 
-    def __init__(self, sock: socket.socket, session: Session, requests: Requests) -> None:
+    def __init__(
+        self, sock: socket.socket, session: Session, requests: Requests, turn: threading.Lock
+    ) -> None:
         self._sock = sock
         self._session = session
         self._requests = requests
@@ -79,6 +84,7 @@ class Worker:
         self._can_probe = isinstance(session.node, SupportsPrefetch)
         self._map = isinstance(session.node, SupportsMap)
         self._probe = False
+        self._lookout = Lookout(sock, turn)
         self.reads = self.writes = self.others = 0
         self.bytes_read = self.bytes_written = 0
 
@@ -126,6 +132,8 @@ class Worker:
                     return _MORE_INPUT
                 self._start = body + length
                 self._write(node, flags, cookie, offset, self._in_view[body : self._start])
+                if flags:
+                    return _GATE  # with FUA it was slow, as below
             elif kind == c.CMD_DISC:
                 return _DISCONNECT
             else:
@@ -237,7 +245,9 @@ class Worker:
             # its payload need not be moved.
             got = self._sock.recv_into(self._in_view[self._end :], missing, socket.MSG_WAITALL)
         else:
+            began = self._lookout.begin()
             got = self._sock.recv_into(self._in_view[self._end :])
+            self._lookout.end(began)
         self._end += got
         return got > 0
 

@@ -315,7 +315,7 @@ def test_an_idle_connection_pins_no_large_buffers() -> None:
     ours, theirs = socket.socketpair()
     flags = c.TFLAG_SEND_FUA
     requests = Requests(size=SIZE, flags=flags, structured=False, contexts=(), functions={})
-    loop = worker.Worker(theirs, PlainSession(node), requests)
+    loop = worker.Worker(theirs, PlainSession(node), requests, threading.Lock())
     ours.settimeout(raw.SECONDS)
     with ours, theirs, in_thread(loop.run):
         client = Raw(ours, ClientSession("disk", SIZE, flags))

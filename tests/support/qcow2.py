@@ -2,7 +2,9 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from fleece.block.file import FileNode
 from fleece.block.node import Filter, Node
 from fleece.formats.qcow2.create import CreateOptions, create
 from fleece.formats.qcow2.image import Qcow2Node
+from tests.support.threads import wait_until
 from tests.support.tools import require
 
 CLEAN, CORRUPT, LEAKS = 0, 2, 3
@@ -95,3 +98,46 @@ class RecordingFile(Filter):
 
     def close(self) -> None:
         self.next.close()
+
+
+class CountedLock:
+    """A lock that knows how many hold it or wait for it; ``real=False``, for a control: no lock."""
+
+    def __init__(self, *, real: bool) -> None:
+        self.users = 0
+        self._real = real
+        self._count = threading.Lock()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._count:
+            self.users += 1
+        if self._real:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        if self._real:
+            self._lock.release()
+        with self._count:
+            self.users -= 1
+
+
+class Rendezvous:
+    """``meet()`` in the middle of what a lock should protect: both are in it, or one waits."""
+
+    def __init__(self, lock: CountedLock, *, real: bool) -> None:
+        self._lock = lock
+        self._real = real
+        self._arrived = 0
+        self.armed = False
+
+    def meet(self) -> None:
+        if self.armed:
+            self._arrived += 1
+            wait_until(lambda: self._arrived >= 2 or (self._real and self._lock.users >= 2))
+
+
+def in_two_threads(first: Callable[[], Any], second: Callable[[], Any]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(first), pool.submit(second)]:
+            future.result(30)

@@ -322,6 +322,11 @@ class Overlay:
         """What it holds, in whole clusters; zeroes and tables count nothing."""
         return self._stored
 
+    @property
+    def backing_file(self) -> str | None:
+        """The name of the backing file: the disk, or the overlay of the next newer snapshot."""
+        return self._header.backing_file
+
     def set_backing(self, path: str, fmt: str) -> None:
         """Name another backing file: the first bytes of the file, in one write.
 

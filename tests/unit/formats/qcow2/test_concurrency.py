@@ -5,14 +5,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fleece.block.file import FileNode
 from fleece.block.node import Filter
 from fleece.formats.qcow2.image import Qcow2Node
-from tests.support.qcow2 import assert_clean, make, pread
+from fleece.formats.qcow2.refcounts import Refcounts
+from tests.support.qcow2 import (
+    CountedLock,
+    Rendezvous,
+    assert_clean,
+    in_two_threads,
+    make,
+    opened,
+    pread,
+)
 from tests.support.threads import frequent_switches, wait_until
 
 CLUSTER = 65536
@@ -69,17 +77,11 @@ def meeting(tmp_path: Path, locked: bool, base: bytes) -> Iterator[tuple[Qcow2No
         node.close()
 
 
-def both(first: Callable[[], Any], second: Callable[[], Any]) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(first), pool.submit(second)]:
-            future.result(30)
-
-
 def two_halves(node: Qcow2Node) -> bool:
     """Two writers, one new cluster; whether both halves are there."""
     half = memoryview(b"\xaa" * (CLUSTER // 2))
     at = 5 * CLUSTER
-    both(lambda: node.pwrite(half, at), lambda: node.pwrite(half, at + CLUSTER // 2))
+    in_two_threads(lambda: node.pwrite(half, at), lambda: node.pwrite(half, at + CLUSTER // 2))
     return pread(node, CLUSTER, at) == bytes(half) * 2
 
 
@@ -131,7 +133,7 @@ def old_data_after_zero(tmp_path: Path, *, locked: bool) -> bool:
         node.zero(0, CLUSTER)
         zeroed.set()
 
-    both(lambda: node.pwrite(memoryview(b"\xaa" * 512), 1024), zero)
+    in_two_threads(lambda: node.pwrite(memoryview(b"\xaa" * 512), 1024), zero)
     content = pread(node, CLUSTER, 0)
     node.close()
     return b"\7" in content
@@ -143,6 +145,58 @@ def test_a_zero_beside_a_copying_write_does_not_bring_old_data_back(tmp_path: Pa
 
 def test_control_without_the_range_lock_old_data_comes_back(tmp_path: Path) -> None:
     assert old_data_after_zero(tmp_path, locked=False)
+
+
+class SlowCounts(Refcounts):
+    """Meets another thread once it has looked where the next free cluster is."""
+
+    together: Rendezvous
+    _value: int
+    _looking = threading.local()
+
+    def _missing_block(self, count: int) -> int | None:
+        result = super()._missing_block(count)
+        self._looking.now = result is None
+        return result
+
+    @property  # type: ignore[override]
+    def _next(self) -> int:
+        value = self._value
+        if getattr(self._looking, "now", False):
+            self._looking.now = False
+            self.together.meet()
+        return value
+
+    @_next.setter
+    def _next(self, value: int) -> None:
+        self._value = value
+
+
+def two_allocations(tmp_path: Path, *, real: bool) -> bool:
+    """Two writers allocate different clusters at once; whether both find their data again."""
+    lock = CountedLock(real=real)
+    with opened(make(tmp_path / "disk.qcow2", SIZE)) as node:
+        node.pwrite(memoryview(b"\1" * 512), 0)  # the L2 table is there from now on
+        node._lock = lock
+        counts = node._meta.counts
+        counts._value = counts.__dict__.pop("_next")
+        counts.together = Rendezvous(lock, real=real)
+        counts.__class__ = SlowCounts
+        counts.together.armed = True
+        data = [memoryview(bytes([n]) * CLUSTER) for n in (2, 3)]
+        in_two_threads(
+            lambda: node.pwrite(data[0], CLUSTER), lambda: node.pwrite(data[1], 2 * CLUSTER)
+        )
+        return pread(node, 2 * CLUSTER, CLUSTER) == bytes(data[0]) + bytes(data[1])
+
+
+def test_two_writers_never_get_the_same_new_cluster(tmp_path: Path) -> None:
+    assert two_allocations(tmp_path, real=True)
+    assert_clean(tmp_path / "disk.qcow2")
+
+
+def test_control_without_the_metadata_lock_they_get_the_same_cluster(tmp_path: Path) -> None:
+    assert not two_allocations(tmp_path, real=False)
 
 
 def test_many_writers_and_flushes_lose_nothing(tmp_path: Path) -> None:

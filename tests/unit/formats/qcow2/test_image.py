@@ -205,6 +205,31 @@ def test_a_flush_without_new_clusters_is_one_sync(tmp_path: Path) -> None:
     node.close()
 
 
+def test_a_fua_write_makes_the_tables_stable_too(tmp_path: Path) -> None:
+    path = disk(tmp_path)
+    with opened(path) as node:
+        for data, fua in [(b"x", False), (b"y", True)]:  # the second one is in place
+            node.pwrite(memoryview(data * 512), 0, fua)
+        with opened(path, read_only=True) as as_it_is_on_disk:
+            assert pread(as_it_is_on_disk, 512, 0) == b"y" * 512
+
+
+def test_a_fua_write_with_stable_tables_is_one_write_with_fua(tmp_path: Path) -> None:
+    class Fua(RecordingFile):
+        def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+            super().pwrite(buf, offset)
+            self.log += [("fua", 0, b"")] if fua else []
+
+    recorder = Fua(FileNode(disk(tmp_path), locking=False))
+    node = Qcow2Node(recorder)
+    node.pwrite(memoryview(b"x" * 512), 0)
+    node.flush()
+    del recorder.log[:]
+    node.pwrite(memoryview(b"y" * 512), 0, True)
+    assert [kind for kind, _, _ in recorder.log] == ["write", "fua"]
+    node.close()
+
+
 def test_lazy_refcounts_set_the_dirty_bit_first_and_clear_it_last(tmp_path: Path) -> None:
     path = disk(tmp_path, lazy_refcounts=True)
     recorder = RecordingFile(FileNode(path, locking=False))

@@ -23,7 +23,7 @@ from fleece.formats.qcow2.overlay import Overlay
 from nbdwire.constants import STATE_HOLE, STATE_ZERO
 from nbdwire.export import ZERO_RUN
 from nbdwire.extents import Extent
-from tests.support.qcow2 import make, pread, qemu_img
+from tests.support.qcow2 import CountedLock, Rendezvous, in_two_threads, make, pread, qemu_img
 from tests.support.threads import frequent_switches
 
 CLUSTER = 65536
@@ -266,6 +266,49 @@ def test_zeroes_on_a_full_disk_leave_nothing_published(
             node.store_zeroes(5, 4)
     assert not any(node.saved_map())
     node.remove()
+
+
+class SlowlyAllocating(Overlay):
+    """Meets another thread between the look at the next free place and its change."""
+
+    together: Rendezvous | None = None
+    _value = 0
+
+    @property  # type: ignore[override]
+    def _next(self) -> int:
+        value = self._value
+        if self.together is not None:
+            self.together.meet()
+        return value
+
+    @_next.setter
+    def _next(self, value: int) -> None:
+        self._value = value
+
+
+def two_stores(tmp_path: Path, *, real: bool) -> bool:
+    """Two threads store at once; whether both find their data again."""
+    node = SlowlyAllocating.create(
+        tmp_path / "o.qcow2", 8 * MiB, backing="disk.raw", backing_format="raw"
+    )
+    lock = CountedLock(real=real)
+    node._lock = lock  # type: ignore[assignment]
+    node.together = Rendezvous(lock, real=real)
+    node.together.armed = True
+    data = [memoryview(bytes([n]) * CLUSTER) for n in (2, 3)]
+    in_two_threads(lambda: node.store(0, 1, data[0]), lambda: node.store(1, 1, data[1]))
+    node.together = None
+    same = pread(node, 2 * CLUSTER, 0) == bytes(data[0]) + bytes(data[1])
+    node.remove()
+    return same
+
+
+def test_two_threads_never_store_in_the_same_place(tmp_path: Path) -> None:
+    assert two_stores(tmp_path, real=True)
+
+
+def test_control_without_the_lock_they_store_in_the_same_place(tmp_path: Path) -> None:
+    assert not two_stores(tmp_path, real=False)
 
 
 def test_threads_that_store_at_once_lose_nothing(tmp_path: Path) -> None:

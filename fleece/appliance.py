@@ -37,8 +37,10 @@ from fleece.errors import (
 )
 from fleece.formats import open_image, probe
 from fleece.snapshots.live import ServedDisk, timestamp
-from fleece.snapshots.manager import Defaults, SnapshotManager
+from fleece.snapshots.manager import SnapshotManager
+from fleece.snapshots.plan import Defaults
 from fleece.tracking.epochs import GRANULARITY
+from fleece.tracking.identity import Identity
 from fleece.tracking.store import DiskTracking
 from nbdwire.server import Server
 from nbdwire.uri import NBDURI
@@ -91,6 +93,7 @@ class Appliance:
         self._stack = ExitStack()
         self.events = Events()
         self.disks: dict[str, ServedDisk] = {}
+        self._manager: SnapshotManager | None = None
         self.server = Server(default=config.disks[0].name if len(config.disks) == 1 else None)
 
     # Start and stop
@@ -109,9 +112,10 @@ class Appliance:
         _make_runtime_directory(config)
         control = ControlServer(config.control, self, self.events)
         self._stack.callback(control.stop)
+        self._stack.callback(self._last_beat)
         for disk in config.disks:
             self._open_disk(disk, state / "tracking")
-        self.snapshots = self._make_snapshots(config, state)
+        self._manager = self._make_snapshots(config, state)
         self._stack.callback(self.snapshots.stop)
         self._stack.callback(self._hang_up)
         self.snapshots.start()
@@ -124,6 +128,7 @@ class Appliance:
 
     def _open_disk(self, config: DiskConfig, directory: Path) -> None:
         image = Path(os.path.abspath(config.image))
+        identity = _identity(image)
         tracking = self._open_tracking(config, image, directory) if config.tracking else None
         try:
             node = open_image(str(image), config.format, read_only=config.read_only)
@@ -132,7 +137,8 @@ class Appliance:
                 tracking.close(clean=False)
             raise
         disk = Disk(config.name, node if tracking is None else tracking.tracker(node))
-        served = ServedDisk(disk, image, config.format or probe(str(image)), tracking)
+        fmt = config.format or probe(str(image))
+        served = ServedDisk(disk, image, fmt, identity, tracking)
         self.disks[config.name] = served
         self._stack.callback(_close_disk, served)
 
@@ -161,6 +167,11 @@ class Appliance:
         )
         return SnapshotManager(self.disks, self.server, records, defaults, self.events.emit)
 
+    def _last_beat(self) -> None:
+        """The images are closed: whatever changes them from now on is not us."""
+        if self._manager is not None:
+            self._manager.beat()
+
     def _hang_up(self) -> None:
         """End the NBD server. If a request hangs for ever, leave everything as a kill would."""
         try:
@@ -172,6 +183,12 @@ class Appliance:
     def stop(self) -> None:
         """The reverse of `start`, as far as it came. Idempotent."""
         self._stack.close()
+
+    @property
+    def snapshots(self) -> SnapshotManager:
+        """Of a started appliance."""
+        assert self._manager is not None
+        return self._manager
 
     # What the commands ask
 
@@ -342,6 +359,14 @@ def _run_command(command: tuple[str, ...], uri: NBDURI, stop: StopSignal) -> int
         os.close(watcher)
     status = child.wait()
     return status if status >= 0 else 128 - status
+
+
+def _identity(image: Path) -> Identity:
+    """Before it is opened for writing, which may change it. What is not there, opening tells."""
+    try:
+        return Identity.of(image)
+    except OSError:
+        return Identity(0, 0, 0, 0, 0)
 
 
 def listen(server: Server, uri: NBDURI) -> NBDURI:

@@ -21,7 +21,6 @@ while the disk is drained, so every writer sees the same newest level.
 """
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -33,8 +32,6 @@ from fleece.errors import SnapshotError
 from fleece.formats.qcow2.overlay import Overlay
 from nbdwire.constants import CMD_FLAG_FAST_ZERO
 from nbdwire.export import ZERO_RUN
-
-log = logging.getLogger(__name__)
 
 BREAK_SNAPSHOT: Final = "break-snapshot"
 BREAK_GUEST_WRITE: Final = "break-guest-write"
@@ -79,7 +76,8 @@ class Level:
 class CopyBeforeWrite(Filter):
     """Saves what the guest is about to overwrite into the newest level, for every live snapshot.
 
-    ``on_broken(level)`` is called once for each level that breaks, from the guest's thread.
+    ``on_broken(level)`` is called once for each level that breaks and was not dropped, from the
+    guest's thread.
     """
 
     def __init__(
@@ -126,11 +124,12 @@ class CopyBeforeWrite(Filter):
 
         If that is all of them, the filter must be detached in the same drain.
         """
-        keep = list(self.levels)
-        gone: list[Level] = []
-        while keep and keep[0].dropped:
-            gone.append(keep.pop(0))
-        self.levels = tuple(keep)
+        with self._break_lock:  # nobody marks an overlay as broken once it is the caller's
+            keep = list(self.levels)
+            gone: list[Level] = []
+            while keep and keep[0].dropped:
+                gone.append(keep.pop(0))
+            self.levels = tuple(keep)
         return gone
 
     # The guest
@@ -241,14 +240,7 @@ class CopyBeforeWrite(Filter):
                     level.overlay.mark_broken()
                 level.error = problem
         for level in broken:
-            log.error(
-                "snapshot %r is broken: old data of disk %r could not be saved: %s; "
-                "drop it and take another",
-                level.name,
-                self.next.name,
-                problem.strerror or problem,
-            )
-            if self._on_broken is not None:
+            if self._on_broken is not None and not level.dropped:
                 self._on_broken(level)
 
 

@@ -7,13 +7,18 @@ source, then look at ``saved`` again*; it holds for data, for block status and f
 
 import errno
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Final
 
 from fleece.block.node import Node
 from fleece.formats.qcow2.overlay import Overlay
 from fleece.snapshots.cbw import CopyBeforeWrite, Level
 from nbdwire.export import OPAQUE_RUN, ZERO_RUN, Run
-from nbdwire.extents import Extent
+from nbdwire.extents import Extent, clip
+
+_END: Final = attrgetter("end")
 
 
 class Fleecing(Node):
@@ -74,13 +79,26 @@ class Fleecing(Node):
             if overlay is not None:
                 found += overlay.extents(start, end - start)
             else:
-                some = self._source.extents(start, end - start)
-                if not self._still_unsaved(start, some[-1].end):
-                    some = self.extents(start, some[-1].end - start)
-                found += some
+                found += self._source_extents(start, end)
             if found[-1].end < end:
                 break
         self._check()
+        return found
+
+    def _source_extents(self, start: int, end: int) -> list[Extent]:
+        """What the source says, but not of clusters that have been saved since it was asked."""
+        said = self._source.extents(start, end - start)
+        covered = said[-1].end
+        if self._still_unsaved(start, covered):
+            return said
+        found: list[Extent] = []
+        for overlay, first, stop in self._runs(start, covered):
+            if overlay is not None:
+                found += overlay.extents(first, stop - first)
+            else:
+                low = bisect_right(said, first, key=_END)
+                high = bisect_left(said, stop, key=_END) + 1
+                found += clip(said[low:high], first, stop - first)
         return found
 
     def map(self, offset: int, length: int) -> list[Run]:

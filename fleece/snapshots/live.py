@@ -14,6 +14,7 @@ from fleece.snapshots.cbw import CopyBeforeWrite, Level
 from fleece.snapshots.fleecing import Fleecing
 from fleece.snapshots.record import Part, Record
 from fleece.tracking.frozen import ChangedView, FrozenMap
+from fleece.tracking.identity import Identity
 from fleece.tracking.store import DiskTracking
 from nbdwire.constants import CONTEXT_DIRTY_BITMAP_PREFIX
 from nbdwire.uri import NBDURI
@@ -21,11 +22,15 @@ from nbdwire.uri import NBDURI
 
 @dataclass
 class ServedDisk:
-    """A disk of the daemon. ``tracking`` is None for one whose changes are not recorded."""
+    """A disk of the daemon. ``tracking`` is None for one whose changes are not recorded.
+
+    ``identity`` is that of the image before it was opened for writing.
+    """
 
     disk: Disk
     image: Path
     format: str
+    identity: Identity
     tracking: DiskTracking | None = None
     cbw: CopyBeforeWrite | None = None
 
@@ -37,13 +42,18 @@ class ServedDisk:
 
 @dataclass
 class LivePart:
-    """One disk of a live snapshot. ``views``: what changed, for each consumer known then."""
+    """One disk of a live snapshot. ``views``: what changed, for each consumer known then.
+
+    ``view`` is what is exported, None as long as it is not. ``pinned`` says that the tracking
+    keeps its epoch.
+    """
 
     record: Part
     served: ServedDisk
     level: Level
     view: Fleecing | None = None
     frozen: FrozenMap | None = None
+    pinned: bool = False
     views: dict[str, ChangedView] = field(default_factory=dict)
 
     @property
@@ -51,6 +61,18 @@ class LivePart:
         """Why it is broken, or None."""
         error = self.level.error
         return None if error is None else (error.strerror or os.strerror(error.errno or errno.EIO))
+
+    def pin(self) -> None:
+        """Keep its epoch told apart: a consumer may acknowledge it."""
+        if self.served.tracking is not None and self.record.epoch is not None:
+            self.served.tracking.pin(self.record.epoch)
+            self.pinned = True
+
+    def unpin(self) -> None:
+        """The reverse. Idempotent."""
+        if self.pinned and self.served.tracking is not None and self.record.epoch is not None:
+            self.served.tracking.unpin(self.record.epoch)
+            self.pinned = False
 
     def build_views(self) -> None:
         """From the frozen map and what each consumer had acknowledged."""
@@ -129,17 +151,22 @@ def _report_part(part: LivePart, record: Record, listeners: list[NBDURI]) -> dic
 def _report_changes(part: LivePart, consumer: str | None) -> Mapping[str, Any]:
     """How much of the disk the snapshot's consumer has to read."""
     view = part.views.get(consumer) if consumer is not None else None
-    since = part.record.since.get(consumer) if consumer is not None else None
-    reason = part.record.reasons.get(consumer) if consumer is not None else None
-    if consumer is None:
-        reason = "the snapshot was made for no consumer"
-    elif part.served.tracking is None:
-        reason = f"changes of disk {part.served.name!r} are not tracked"
+    since = part.record.since.get(consumer) if consumer is not None and view is not None else None
     return {
         "mode": "full" if since is None else "incremental",
-        "reason": reason if since is None else None,
+        "reason": _why_full(part, consumer) if since is None else None,
         "bitmap": consumer if view is not None else None,
         "context": CONTEXT_DIRTY_BITMAP_PREFIX + consumer if view and consumer else None,
         "since-epoch": since,
         "dirty-bytes": view.dirty_bytes if view is not None else part.record.size,
     }
+
+
+def _why_full(part: LivePart, consumer: str | None) -> str | None:
+    if consumer is None:
+        return "the snapshot was made for no consumer"
+    if part.served.tracking is None:
+        return f"changes of disk {part.served.name!r} are not tracked"
+    if not part.views and part.failure is not None:
+        return f"the snapshot is broken: {part.failure}"
+    return part.record.reasons.get(consumer)

@@ -1,59 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """The snapshots of a daemon: made, listed, acknowledged, dropped, found again after a restart."""
 
+import contextlib
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
+from fleece.block.graph import DRAIN_SECONDS
 from fleece.errors import (
     AlreadyExists,
+    Busy,
     DrainTimeout,
     FleeceError,
-    InvalidArgument,
     NotFound,
     SnapshotBroken,
     SnapshotError,
     UsageError,
 )
+from fleece.formats.qcow2.overlay import Overlay
 from fleece.snapshots import instant
-from fleece.snapshots.cbw import BREAK_SNAPSHOT, POLICIES, Level
+from fleece.snapshots.cbw import Level
 from fleece.snapshots.fleecing import Fleecing
 from fleece.snapshots.live import LivePart, ServedDisk, Snapshot, export_name, report, timestamp
-from fleece.snapshots.record import ACTIVE, CREATING, DROPPED, Part, Record, Records
+from fleece.snapshots.plan import Defaults, Planner, Wishes, check_lease
+from fleece.snapshots.record import ACTIVE, DROPPED, Record, Records
 from fleece.snapshots.recovery import Recovery
+from fleece.tracking.heartbeat import Heartbeat, alive_until
 from fleece.tracking.identity import running_boot_id
-from fleece.units import KiB, MiB, is_power_of_two
 from nbdwire.server import Server
 
 log = logging.getLogger(__name__)
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,99}")
-_MIN_CLUSTER: Final = 4 * KiB
-_MAX_CLUSTER: Final = 2 * MiB
+RETRY_DRAIN_SECONDS: Final = 0.2
+"""How long a second attempt to let go of a disk, each second, may hold up its guests."""
 
 Emit = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a snapshot is made with unless it is asked for otherwise."""
-
-    overlay_directory: Path
-    cluster_size: int = 64 * KiB
-    policy: str = BREAK_SNAPSHOT
-    lease: float | None = None
 
 
 class SnapshotManager:
     """One operation at a time; the guests and the readers of snapshots never wait for one.
 
-    ``emit(event, data)`` is called from any thread and must not block.
+    ``emit(event, data)`` is called from any thread and must not block. ``clock`` gives seconds
+    since 1970, for leases.
     """
 
     def __init__(
@@ -63,13 +55,15 @@ class SnapshotManager:
         directory: Path,
         defaults: Defaults,
         emit: Emit,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._disks = disks
         self._server = server
         self._records = Records(directory)
-        self._defaults = defaults
         self._emit = emit
+        self._clock = clock
         self._boot_id = running_boot_id()
+        self._planner = Planner(directory, defaults, self._boot_id)
         self._lock = threading.RLock()
         self._snapshots: dict[str, Snapshot] = {}
         self._ending: list[Snapshot] = []  # dropped, but an older snapshot needs what they saved
@@ -78,13 +72,14 @@ class SnapshotManager:
         self._wake = threading.Event()
         self._stopping = False
         self._reaper = threading.Thread(target=self._reap, name="leases", daemon=True)
+        self._heartbeat: Heartbeat | None = None
 
     # Life of the manager
 
     def start(self) -> None:
         """Find the snapshots of an earlier run again; before any client can write to a disk."""
         with self._lock:
-            recovery = Recovery(self._disks, self._records, self._boot_id, self._broken)
+            recovery = Recovery(self._disks, self._records, self._boot_id, self._callback)
             for snapshot in recovery.run():
                 self._serial = max(self._serial, snapshot.record.serial)
                 if snapshot.record.phase == DROPPED:
@@ -95,6 +90,7 @@ class SnapshotManager:
             for served in self._disks.values():
                 self._sweep(served)
             self._forget_ended()
+        self._heartbeat = Heartbeat("snapshots", self.beat)
         self._reaper.start()
 
     def stop(self) -> None:
@@ -106,12 +102,23 @@ class SnapshotManager:
         self._wake.set()
         if self._reaper.ident is not None:
             self._reaper.join()
-        for snapshot in [*self._snapshots.values(), *self._ending]:
-            for part in snapshot.parts:
-                if part.view is not None:
-                    part.view.close()
-                if part.level.overlay is not None:
-                    part.level.overlay.close()
+        with self._lock:  # what still runs comes to its end; nothing else begins
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
+            for snapshot in [*self._snapshots.values(), *self._ending]:
+                for part in snapshot.parts:
+                    if part.view is not None:
+                        part.view.close()
+                    if part.level.overlay is not None:
+                        part.level.overlay.close()
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """Alone, and not after the end."""
+        with self._lock:
+            if self._stopping:
+                raise Busy("the daemon is ending; try again when it has been started again")
+            yield
 
     # Create
 
@@ -126,17 +133,15 @@ class SnapshotManager:
         policy: str | None = None,
     ) -> dict[str, Any]:
         """Take one instant of all ``disks`` and export it. See `fleece.snapshots.live.report`."""
-        with self._lock:
+        wishes = Wishes(name, consumer, lease, cluster_size, policy)
+        with self._operation():
             served = self._select(disks)
-            record = self._new_record(served, name, consumer, lease, cluster_size, policy)
+            taken = {*self._snapshots, *(snapshot.name for snapshot in self._ending)}
+            record = self._planner.plan(served, wishes, self._serial + 1, taken, self._clock())
+            self._serial += 1
             self._records.save(record)
             snapshot = self._take(record, served)
-            try:
-                self._announce(snapshot)
-            except BaseException:
-                # The record stays until the overlays can go: an older snapshot may need them.
-                self._end(snapshot)
-                raise
+            self._announce(snapshot)
             self._snapshots[record.name] = snapshot
             self._wake.set()
             log.info(
@@ -159,115 +164,56 @@ class SnapshotManager:
                 raise NotFound(f"there is no disk named {name!r} (disks: {known})")
         return [self._disks[name] for name in names]
 
-    def _new_record(
-        self,
-        served: list[ServedDisk],
-        name: str | None,
-        consumer: str | None,
-        lease: float | None,
-        cluster_size: int | None,
-        policy: str | None,
-    ) -> Record:
-        now = time.time()
-        name = self._free_name(name, now)
-        lease = self._defaults.lease if lease is None else lease
-        if lease is not None and not 0 < lease < 10 * 365 * 86400:
-            raise InvalidArgument("a lease is a number of seconds above 0, of ten years at most")
-        policy = policy or self._defaults.policy
-        if policy not in POLICIES:
-            raise InvalidArgument(f"on-cbw-error is {' or '.join(POLICIES)}, not {policy!r}")
-        parts = [self._new_part(disk, name, consumer, cluster_size, policy) for disk in served]
-        self._serial += 1
-        return Record(
-            name=name,
-            serial=self._serial,
-            created=now,
-            boot_id=self._boot_id,
-            phase=CREATING,
-            consumer=consumer,
-            lease_expires=None if lease is None else now + lease,
-            parts=parts,
-        )
-
-    def _free_name(self, name: str | None, now: float) -> str:
-        taken = {*self._snapshots, *(snapshot.name for snapshot in self._ending)}
-        if name is None:
-            base = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
-            numbered = (f"{base}-{number}" for number in range(2, len(taken) + 3))
-            return next(free for free in (base, *numbered) if free not in taken)
-        if not _NAME.fullmatch(name):
-            raise InvalidArgument(
-                f"{name!r} cannot name a snapshot: use up to 100 letters, digits and ._:+-"
-            )
-        if name in taken:
-            raise AlreadyExists(
-                f"there is a snapshot named {name!r} already; "
-                f"drop it with 'fleece snapshot drop {name}' or choose another name"
-            )
-        return name
-
-    def _new_part(
-        self, served: ServedDisk, name: str, consumer: str | None, size: int | None, policy: str
-    ) -> Part:
-        """What is known before the instant; `_take` adds the rest."""
-        cluster_size = size or (
-            served.cbw.cluster_size if served.cbw else self._defaults.cluster_size
-        )
-        if not (is_power_of_two(cluster_size) and _MIN_CLUSTER <= cluster_size <= _MAX_CLUSTER):
-            raise InvalidArgument("cluster-size is a power of two from 4 KiB to 2 MiB")
-        if served.cbw is not None and served.cbw.cluster_size != cluster_size:
-            raise InvalidArgument(
-                f"disk {served.name!r} has a snapshot with clusters of {served.cbw.cluster_size} "
-                "bytes; all its snapshots have that size until they are dropped"
-            )
-        if served.disk.read_only:
-            log.info("disk %r is read-only: its snapshot will never have to save data", served.name)
-        stem = quote(export_name(served.name, name), safe="@")
-        tracked = served.tracking is not None
-        if served.tracking is not None and consumer is not None:
-            served.tracking.since(consumer)  # InvalidArgument for a name that cannot be
-        return Part(
-            disk=served.name,
-            overlay=str(self._defaults.overlay_directory / f"{stem}.qcow2"),
-            size=served.disk.size,
-            cluster_size=cluster_size,
-            policy=policy,
-            map_file=str(self._records.directory / f"{stem}.map") if tracked else None,
-        )
-
     def _take(self, record: Record, served: list[ServedDisk]) -> Snapshot:
         """Overlays, then the instant; all files are gone again if any of it fails."""
-        pairs = []
+        pairs: list[instant.Pair] = []
         try:
             for disk, part in zip(served, record.parts, strict=True):
-                pairs.append(instant.prepare(disk, part, record.name, self._broken))
+                callback = self._callback(disk.name)
+                pairs.append(instant.prepare(disk, part, record.name, callback))
             record.drain_microseconds = instant.take(pairs)
         except BaseException:
             for live, _ in pairs:
-                if live.level.overlay is not None:
-                    live.level.overlay.remove()
+                _discard(live.level.overlay)
             self._records.remove(record)
             raise
         return Snapshot(record, [part for part, _ in pairs])
 
     def _announce(self, snapshot: Snapshot) -> None:
         """The instant is taken: note what changed, record that it lives, export it."""
-        for part in snapshot.parts:
-            self._link(part)
-            self._note_changes(part, snapshot.record.consumer)
-        snapshot.record.phase = ACTIVE
-        self._records.save(snapshot.record)
-        self._offer(snapshot)
+        record = snapshot.record
+        try:
+            for part in snapshot.parts:
+                self._link(part)
+                self._note_changes(part, record.consumer)
+            record.phase = ACTIVE
+            self._save(record)
+            self._offer(snapshot)
+        except BaseException as problem:
+            # The record stays until the overlays can go: an older snapshot may need them.
+            with contextlib.suppress(SnapshotError):
+                self._records.drop(record)
+            self._end(snapshot)
+            if isinstance(problem, OSError):
+                raise SnapshotError(
+                    f"cannot keep snapshot {record.name!r}: {problem.strerror or problem}; "
+                    "see to the place of its overlays"
+                ) from problem
+            raise
+
+    def _save(self, record: Record) -> None:
+        self._records.save(record)
+        self._touch(record)
 
     def _note_changes(self, part: LivePart, consumer: str | None) -> None:
         """Fix, as of the instant, from where each consumer counts, and keep the map."""
         tracking, frozen, note = part.served.tracking, part.frozen, part.record
         if tracking is None or frozen is None or note.map_file is None:
             return
-        tracking.pin(frozen.epoch)
         note.epoch, note.generation = frozen.epoch, frozen.generation
+        part.pin()
         names = {cursor.consumer for cursor in tracking.cursors()}
-        for name in names | ({consumer} if consumer is not None else set()):
+        for name in sorted(names | ({consumer} if consumer is not None else set())):
             since, reason = tracking.since(name)
             note.since[name] = since
             if reason is not None:
@@ -291,13 +237,15 @@ class SnapshotManager:
         for part in snapshot.parts:
             assert part.served.cbw is not None
             name = export_name(part.served.name, record.name)
-            part.view = Fleecing(name, part.served.cbw, part.level)
-            self._server.add(
-                name,
-                part.view,
-                description=f"disk {part.served.name} as it was at {timestamp(record.created)}",
-                contexts=part.contexts(),
-            )
+            view = Fleecing(name, part.served.cbw, part.level)
+            description = f"disk {part.served.name} as it was at {timestamp(record.created)}"
+            try:
+                self._server.add(name, view, description=description, contexts=part.contexts())
+            except ValueError as problem:
+                raise AlreadyExists(
+                    f"snapshot {record.name!r} cannot be exported: {problem}; choose another name"
+                ) from None
+            part.view = view
 
     # The others
 
@@ -308,14 +256,14 @@ class SnapshotManager:
 
     def acknowledge(self, name: str, consumer: str | None = None) -> dict[str, Any]:
         """``consumer`` has all of the snapshot: its next one is counted from here."""
-        with self._lock:
+        with self._operation():
             snapshot = self._find(name)
             consumer = consumer or snapshot.record.consumer
             if consumer is None:
                 raise UsageError(
                     f"snapshot {name!r} was made for no consumer; say whose it is with --consumer"
                 )
-            self._may_acknowledge(snapshot)
+            _may_acknowledge(snapshot)
             disks = []
             for part in snapshot.parts:
                 tracking, note = part.served.tracking, part.record
@@ -326,32 +274,22 @@ class SnapshotManager:
                 disks.append({"disk": note.disk, "epoch": epoch})
             if consumer not in snapshot.record.acknowledged:
                 snapshot.record.acknowledged.append(consumer)
-                self._records.save(snapshot.record)
+                self._save(snapshot.record)
             log.info("acknowledge snapshot=%r consumer=%r", name, consumer)
             return {"name": name, "consumer": consumer, "disks": disks}
 
-    @staticmethod
-    def _may_acknowledge(snapshot: Snapshot) -> None:
-        for part in snapshot.parts:
-            if part.failure is not None:
-                raise SnapshotBroken(
-                    f"snapshot {snapshot.name!r} is broken ({part.failure}): what was pulled of it "
-                    "may be wrong and cannot be acknowledged; drop it and take another"
-                )
-            if part.served.tracking is None:
-                raise SnapshotError(
-                    f"changes of disk {part.record.disk!r} are not tracked: there is nothing to "
-                    "acknowledge; switch tracking on for it in the configuration"
-                )
-
     def extend(self, name: str, lease: float) -> dict[str, Any]:
         """Let the snapshot live ``lease`` seconds from now."""
-        if not 0 < lease < 10 * 365 * 86400:
-            raise InvalidArgument("a lease is a number of seconds above 0, of ten years at most")
-        with self._lock:
+        check_lease(lease)
+        with self._operation():
             snapshot = self._find(name)
-            snapshot.record.lease_expires = time.time() + lease
-            self._records.save(snapshot.record)
+            before = snapshot.record.lease_expires
+            snapshot.record.lease_expires = self._clock() + lease
+            try:
+                self._save(snapshot.record)
+            except SnapshotError:
+                snapshot.record.lease_expires = before
+                raise
             self._wake.set()
             return report(snapshot, self._server.listeners)
 
@@ -360,10 +298,9 @@ class SnapshotManager:
 
         What an older snapshot of the same disk still needs stays until that one is dropped.
         """
-        with self._lock:
+        with self._operation():
             snapshot = self._find(name)
-            snapshot.record.phase = DROPPED
-            self._records.save(snapshot.record)
+            self._records.drop(snapshot.record)
             del self._snapshots[name]
             freed = self._end(snapshot)
             log.info("drop snapshot=%r freed-bytes=%d", name, freed)
@@ -386,83 +323,148 @@ class SnapshotManager:
                 part.view.close()
                 self._withdraw(part.view.name)
             part.level.dropped = True
-            if part.record.epoch is not None and part.served.tracking is not None:
-                part.served.tracking.unpin(part.record.epoch)
-        return sum(self._sweep(part.served) for part in snapshot.parts)
+            part.unpin()
+        freed = sum(self._sweep(part.served) for part in snapshot.parts)
+        self._wake.set()  # for what could not be freed now
+        return freed
 
     def _withdraw(self, export: str) -> None:
         try:
             self._server.remove(export)
-        except KeyError:
-            pass  # it was never offered: the snapshot failed before that
         except TimeoutError as problem:
             self._hung = True
             log.warning("%s; its clients read errors from now on", problem)
 
-    def _sweep(self, served: ServedDisk) -> int:
+    def _sweep(self, served: ServedDisk, timeout: float = DRAIN_SECONDS) -> int:
         """Remove what no snapshot of the disk needs; what cannot be now is tried again later."""
         try:
-            gone = instant.sweep(served)
+            gone = instant.sweep(served, timeout)
         except DrainTimeout as problem:
-            log.warning("the overlays of disk %r stay for now: %s", served.name, problem)
+            severity = logging.WARNING if timeout == DRAIN_SECONDS else logging.DEBUG
+            log.log(severity, "the overlays of disk %r stay for now: %s", served.name, problem)
             return 0
         freed = 0
         for level in gone:
             if level.overlay is not None and not self._hung:
                 freed += level.overlay.data_bytes
-                level.overlay.remove()
+                _discard(level.overlay)
         self._forget_ended()
         return freed
 
     def _forget_ended(self) -> None:
+        """Remove the files that nobody needs, and the records without any."""
         for snapshot in list(self._ending):
-            if not any(_is_attached(part) for part in snapshot.parts):
-                self._ending.remove(snapshot)
-                for part in snapshot.record.parts:
-                    for path in part.files:
+            needed = {p.record.overlay for p in snapshot.parts if _is_attached(p)}
+            files = [path for part in snapshot.record.parts for path in part.files]
+            try:
+                for path in files:
+                    if str(path) not in needed:
                         path.unlink(missing_ok=True)
-                self._records.remove(snapshot.record)
+                if not needed:
+                    self._records.remove(snapshot.record)
+                    self._ending.remove(snapshot)
+            except OSError as problem:
+                log.debug("files of snapshot %r stay for now: %s", snapshot.name, problem)
 
-    def _broken(self, level: Level) -> None:
+    # What happens by itself
+
+    def _callback(self, disk: str) -> Callable[[Level], None]:
+        return partial(self._broken, disk)
+
+    def _broken(self, disk: str, level: Level) -> None:
         """From a guest's thread: nothing here may wait for the manager's lock."""
         error = level.error
-        self._emit(
-            "X_FLEECE_SNAPSHOT_BROKEN",
-            {"snapshot": level.name, "error": str(error.strerror or error) if error else ""},
+        why = str(error.strerror or error) if error is not None else ""
+        log.error(
+            "snapshot %r is broken: old data of disk %r could not be saved: %s; "
+            "drop it and take another",
+            level.name,
+            disk,
+            why,
         )
+        data = {"name": level.name, "disk": disk, "error": why}
+        self._emit("X_FLEECE_SNAPSHOT_BROKEN", data)
 
-    # Leases
+    def beat(self) -> None:
+        """Note that we live, once more after the disks are closed.
+
+        No lock: an operation that takes long must not look like our end.
+        """
+        for snapshot in list(self._snapshots.values()):
+            self._touch(snapshot.record)
+
+    def _touch(self, record: Record) -> None:
+        """Where tracking does not vouch for the image, the time of the record does."""
+        served = [self._disks[part.disk] for part in record.parts if part.disk in self._disks]
+        untracked = [disk for disk in served if disk.tracking is None]
+        if untracked:
+            self._records.touch(record, max(alive_until(disk.image) for disk in untracked))
 
     def _reap(self) -> None:
-        while not self._stopping:
+        while True:
             self._wake.clear()
-            self._wake.wait(self._next_expiry())
-            if not self._stopping:
-                self._drop_expired()
+            if self._stopping:  # looked at after the clear, or `stop` could be missed
+                return
+            self._wake.wait(self._next_look())
+            try:
+                self._tidy()
+            except Exception as problem:  # or no lease would ever run out again
+                log.error("snapshots could not be tidied up: %r", problem)
 
-    def _next_expiry(self) -> float | None:
+    def _next_look(self) -> float | None:
         """Seconds to sleep; looked at again at least each second, for the clock may be set."""
         with self._lock:
             leased = any(s.record.lease_expires is not None for s in self._snapshots.values())
             return 1.0 if leased or self._ending else None
 
-    def _drop_expired(self) -> None:
+    def _tidy(self) -> None:
+        """Drop the snapshots whose lease has run out, and what could not be freed before."""
         with self._lock:
-            now = time.time()
+            if self._stopping:
+                return
+            now = self._clock()
             for snapshot in list(self._snapshots.values()):
                 expires = snapshot.record.lease_expires
                 if expires is not None and expires <= now:
-                    log.warning("snapshot %r: its lease has run out", snapshot.name)
-                    self._emit("X_FLEECE_LEASE_EXPIRED", {"snapshot": snapshot.name})
-                    try:
-                        self.drop(snapshot.name)
-                    except (FleeceError, OSError) as problem:
-                        log.error("snapshot %r cannot be dropped: %s", snapshot.name, problem)
+                    self._expire(snapshot)
             for served in self._disks.values():
                 if self._ending:
-                    self._sweep(served)
+                    self._sweep(served, RETRY_DRAIN_SECONDS)
+
+    def _expire(self, snapshot: Snapshot) -> None:
+        log.warning("snapshot %r: its lease has run out", snapshot.name)
+        self._emit("X_FLEECE_LEASE_EXPIRED", {"name": snapshot.name})
+        try:
+            self.drop(snapshot.name)
+        except FleeceError as problem:
+            log.error("snapshot %r cannot be dropped: %s", snapshot.name, problem)
+
+
+def _may_acknowledge(snapshot: Snapshot) -> None:
+    for part in snapshot.parts:
+        if part.failure is not None:
+            raise SnapshotBroken(
+                f"snapshot {snapshot.name!r} is broken ({part.failure}): what was pulled of it "
+                "may be wrong and cannot be acknowledged; drop it and take another"
+            )
+        if part.served.tracking is None:
+            raise SnapshotError(
+                f"changes of disk {part.record.disk!r} are not tracked: there is nothing to "
+                "acknowledge; switch tracking on for it in the configuration"
+            )
 
 
 def _is_attached(part: LivePart) -> bool:
     cbw = part.served.cbw
     return cbw is not None and part.level in cbw.levels
+
+
+def _discard(overlay: Overlay | None) -> None:
+    """Delete the file, or at least let go of it."""
+    if overlay is None:
+        return
+    try:
+        overlay.remove()
+    except OSError as problem:
+        log.warning("overlay %s cannot be removed now: %s", overlay.path, problem.strerror)
+        overlay.close()

@@ -49,18 +49,24 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """SIGTERM, SIGINT or `set` end the wait. A pipe: a signal handler must take no lock."""
+    """SIGTERM, SIGINT or `set` end the wait. A pipe: a signal handler must take no lock.
+
+    The kernel may give the signal to any thread, and Python calls handlers in the main thread only
+    when that comes back from its system call. So the wait must not rely on a handler: it is woken
+    by what Python's C code writes to the pipe at once, in whatever thread (`set_wakeup_fd`).
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {
             number: signal.signal(number, self._caught)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
 
     def _caught(self, _number: int, _frame: object) -> None:
-        self.set()
+        """Nothing: the number of the signal is in the pipe already."""
 
     def set(self) -> None:
         """End the wait. From any thread, or a signal handler."""
@@ -79,6 +85,7 @@ class StopSignal:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
         os.close(self._reader)
         os.close(self._writer)
 

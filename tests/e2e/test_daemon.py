@@ -1,5 +1,6 @@
 """The daemon as its users meet it: the commands of the issue, how it ends, what it survives."""
 
+import ctypes
 import json
 import signal
 import socket
@@ -13,6 +14,8 @@ import pytest
 
 from nbdwire.client import Client
 from nbdwire.errors import NBDError
+from nbdwire.uri import NBDURI
+from tests.support import nbdraw
 from tests.support.daemon import FLEECE, Daemon, daemon, environment, fleece
 from tests.support.managed import patched
 from tests.support.threads import wait_until
@@ -107,23 +110,21 @@ def test_people_get_tables_and_the_next_commands_instead(shared: Daemon) -> None
 def test_what_cannot_be_is_one_line_a_status_and_json_on_standard_output(
     shared: Daemon, words: list[str], status: int, code: str, said: str
 ) -> None:
-    done = shared.cli(*words)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert said in one_line(done.stderr)
     done = shared.cli(*words, "--json")
     assert done.returncode == status
+    assert said in one_line(done.stderr)
     document = json.loads(done.stdout)
     assert document["error"] == code
     assert said in document["message"]
-    assert shared.json("snapshot", "list") == []
+    assert shared.ask("snapshot-list") == []
 
 
 def test_a_name_that_is_taken_has_a_status_of_its_own(shared: Daemon) -> None:
-    shared.json("snapshot", "create", "a", "--name", "s")
+    shared.ask("snapshot-create", disks=["a"], name="s")
     done = shared.cli("snapshot", "create", "a", "--name", "s")
-    assert done.returncode == 6
+    assert (done.returncode, done.stdout) == (6, "")
     assert "there is a snapshot named 's' already" in one_line(done.stderr)
-    shared.json("snapshot", "drop", "s")
+    shared.ask("snapshot-drop", name="s")
 
 
 def test_without_a_daemon_the_commands_say_so(tmp_path: Path) -> None:
@@ -156,14 +157,14 @@ def test_garbage_on_a_socket_ends_that_connection_and_nothing_else(
             except (ConnectionResetError, BrokenPipeError):
                 pass  # it has hung up on us: just as good
         assert bystander.pread(8, 0) == b"content "
-    assert shared.json("status")["pid"] == shared.running.pid
+    assert shared.ask("status")["pid"] == shared.running.pid
     assert "Traceback" not in shared.log.read_text()[log:]
     assert "fault of this program" not in shared.log.read_text()[log:]
 
 
 def door(shared: Daemon, where: str) -> socket.socket:
     if where == "tcp":
-        [uri] = [u for u in shared.json("status")["listeners"] if "127.0.0.1" in u]
+        [uri] = [u for u in shared.ask("status")["listeners"] if "127.0.0.1" in u]
         port = int(uri.rsplit(":", 1)[1].strip("/"))
         return socket.create_connection(("127.0.0.1", port))
     sock = socket.socket(socket.AF_UNIX)
@@ -180,20 +181,24 @@ def test_an_unknown_export_is_refused_by_name(shared: Daemon) -> None:
         assert client.size == SIZE
 
 
-def test_a_client_that_goes_away_in_the_middle_of_a_write_harms_nobody(shared: Daemon) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["header", "half", "unread-reply"])
+def test_a_client_that_goes_away_in_the_middle_of_a_write_harms_nobody(
+    shared: Daemon, share: float
+) -> None:
     """P3: nothing waits for it, and the snapshot is exact."""
     before = shared.read("b")
     shared.ask("snapshot-create", disks=["b"], name="s")
-    client = shared.client("b")
     blob = bytes(4 << 20)
-    writer = threading.Thread(target=_write_until_cut, args=(client, blob))
-    writer.start()
-    client._sock.shutdown(socket.SHUT_RDWR)
-    writer.join(20)
-    client.close()
+    with nbdraw.connected(NBDURI(socket=str(shared.socket)), "b") as client:
+        for offset in (1000, 70_001):
+            client.send(nbdraw.request(nbdraw.WRITE, offset, len(blob), payload=blob))
+        last = nbdraw.request(nbdraw.WRITE, 5000, len(blob))
+        client.send(last + blob[: int(len(blob) * share)])
     with shared.client("b") as other:
         other.pwrite(b"second" * 1000, 5)
         assert other.pread(6, 5) == b"second"
+        assert shared.read("b@s") == before
+        wait_until(lambda: shared.ask("status")["disks"][1]["clients"] == 1)
         other.pwrite(before, 0)
     assert shared.read("b@s") == before
     shared.ask("snapshot-drop", name="s")
@@ -226,6 +231,16 @@ def test_sigterm_ends_it_soon_with_clients_that_are_idle_busy_or_half_way(tmp_pa
         assert not made.socket.exists()
         assert not made.control.exists()
         assert "Traceback" not in made.log.read_text()
+
+
+def test_sigterm_ends_it_whichever_of_its_threads_the_kernel_gives_it_to(tmp_path: Path) -> None:
+    """Python runs handlers in the main thread, and that one sleeps in a system call."""
+    with daemon(tmp_path, {"a": image(tmp_path / "a.img")}) as made:
+        pid = made.running.pid
+        tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+        another = next(task for task in tasks if task != pid)
+        assert ctypes.CDLL(None).tgkill(pid, another, signal.SIGTERM) == 0
+        assert made.running.wait(10) == 0
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "quit"])

@@ -1,11 +1,14 @@
 """What the daemon is made of, in this process: disks, a server, a snapshot manager."""
 
 import contextlib
+import errno
 import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fleece.block.graph import Disk
 from fleece.formats import open_image
@@ -235,3 +238,18 @@ def patched(extents: list[Extent], old: bytes, new: bytes) -> bytes:
     for extent in extents:
         data[extent.offset : extent.end] = new[extent.offset : extent.end]
     return bytes(data)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int = 1) -> None:
+    """The call number ``at`` of a function finds no space, as do all later ones."""
+    real = getattr(owner, name)
+    calls = 0
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replaced)

@@ -136,6 +136,12 @@ class Appliance:
     def _open_disk(self, config: DiskConfig, directory: Path) -> None:
         image = Path(os.path.abspath(config.image))
         identity = _identity(image)
+        for other in self.disks.values():
+            if os.path.exists(image) and os.path.samefile(other.image, image):
+                raise ConfigError(
+                    f"disks {other.name!r} and {config.name!r} are the same image {image}; "
+                    "an image can be served as one disk only"
+                )
         tracking = self._open_tracking(config, image, directory) if config.tracking else None
         try:
             node = open_image(str(image), config.format, read_only=config.read_only)

@@ -118,11 +118,17 @@ def override(
 ) -> Config:
     """``config`` with what the command line says instead: None and empty change nothing.
 
-    A disk replaces the one of the same name, or is added. A socket or an address on the command
-    line replaces all addresses of the file.
+    A disk replaces the one of the same name in the file, or is added; UsageError if two of
+    ``disks`` have one name. A socket or an address on the command line replaces all addresses of
+    the file.
     """
     merged = {disk.name: disk for disk in config.disks}
-    merged.update((disk.name, disk) for disk in disks)
+    named: set[str] = set()
+    for disk in disks:
+        if disk.name in named:
+            raise UsageError(f"--disk names {disk.name!r} twice; give each disk a name of its own")
+        named.add(disk.name)
+        merged[disk.name] = disk
     listen = tuple(listen)
     if socket is not None or listen:
         config = replace(config, socket=socket, listen=listen)

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a snapshot is going to be, checked before anything is touched."""
 
-import hashlib
 import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 from fleece.errors import AlreadyExists, InvalidArgument
 from fleece.snapshots.cbw import BREAK_SNAPSHOT, POLICIES
 from fleece.snapshots.live import ServedDisk, export_name
 from fleece.snapshots.record import CREATING, Part, Record
+from fleece.tracking.atomic import file_stem
 from fleece.tracking.cursors import check_consumer
 from fleece.units import KiB, MiB, is_power_of_two
 
@@ -21,7 +20,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,99}")
 _MIN_CLUSTER: Final = 4 * KiB
 _MAX_CLUSTER: Final = 2 * MiB
 _MAX_LEASE: Final = 10 * 365 * 86400
-_MAX_STEM: Final = 200  # bytes; a file name has 255
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,4 @@ def _free_name(name: str | None, now: float, taken: Collection[str]) -> str:
 
 def _stem(disk: str, snapshot: str) -> str:
     """How its files are called: readable, and short enough for a name of any kind."""
-    stem = quote(export_name(disk, snapshot), safe="@")
-    if len(stem) <= _MAX_STEM:
-        return stem
-    return f"{stem[: _MAX_STEM - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+    return file_stem(export_name(disk, snapshot), safe="@")

@@ -5,12 +5,28 @@ A new file is written beside the old one, made durable and renamed over it, and 
 is made durable, as rename(2) and fsync(2) demand of a file that must survive a power cut.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
+from urllib.parse import quote
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+_MAX_STEM: Final = 200
+
+
+def file_stem(name: str, safe: str = "") -> str:
+    """``name`` as part of a file name: readable, without ``/``, and at most 200 bytes long.
+
+    A longer one is cut and gets 16 digits of its SHA-256, so that different names stay different.
+    """
+    stem = quote(name, safe=safe)
+    if len(stem) <= _MAX_STEM:
+        return stem
+    return f"{stem[: _MAX_STEM - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
 
 
 def replace_file(path: Path, data: Bytes | Iterable[Bytes], *, durable: bool = True) -> None:

@@ -6,10 +6,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote
 
 from fleece.block.node import Node
 from fleece.errors import InvalidArgument, TrackingError
+from fleece.tracking.atomic import file_stem
 from fleece.tracking.cursors import Cursor, CursorStore, check_consumer
 from fleece.tracking.epochs import GRANULARITY, EpochMap, check_granularity
 from fleece.tracking.frozen import FrozenMap
@@ -56,7 +56,7 @@ class DiskTracking:
         record open, `TrackingError` if it cannot be read or made; a damaged one is no error.
         """
         check_granularity(granularity)
-        path = directory / f"{quote(disk, safe='')}.epochs"
+        path = directory / f"{file_stem(disk)}.epochs"
         boot = running_boot_id() if boot_id is None else boot_id
         wanted = Description(disk, str(uuid.uuid4()), granularity, size, "")
         try:

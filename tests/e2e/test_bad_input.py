@@ -209,6 +209,20 @@ def test_a_disk_that_cannot_be_named_so(tmp_path: Path, disk: str, said: str) ->
     refused(serve(tmp_path, "--disk", disk), 2, said)
 
 
+def test_one_image_under_two_names(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    link = tmp_path / "link.img"
+    link.symlink_to(path)
+    done = serve(tmp_path, f"--disk=a={path}", f"--disk=b={link}")
+    refused(done, 3, "'a' and 'b' are the same image")
+
+
+def test_one_name_for_two_images(tmp_path: Path) -> None:
+    one, two = image(tmp_path), image(tmp_path, "b.img")
+    done = serve(tmp_path, f"--disk=a={one}", f"--disk=a={two}")
+    refused(done, 2, "--disk names 'a' twice")
+
+
 def test_no_disk_at_all(tmp_path: Path) -> None:
     refused(serve(tmp_path), 2, "no disk to serve")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fleece.tracking.atomic import replace_file, temporary_of
+from fleece.tracking.atomic import file_stem, replace_file, temporary_of
 
 
 def test_a_file_is_made_and_replaced_by_one_buffer_or_by_several(tmp_path: Path) -> None:
@@ -52,3 +52,11 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Pat
     with pytest.raises(OSError, match="symbolic links"):
         replace_file(path, b"new")
     assert victim.read_bytes() == b"precious"
+
+
+def test_any_name_becomes_a_file_name_that_is_short_enough_and_its_own() -> None:
+    names = ["disk", "a/b", "a%2Fb", "ü" * 100, "ü" * 99 + "ö", "x" * 300]
+    stems = [file_stem(name) for name in names]
+    assert stems[0] == "disk"
+    assert len(set(stems)) == len(names)
+    assert all(len(stem.encode()) <= 200 and "/" not in stem for stem in stems)

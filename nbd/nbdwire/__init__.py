@@ -5,7 +5,7 @@
 `nbdwire.export.Export`, and so has a `Client`. The errors are printed in `nbdwire.errors`.
 """
 
-from nbdwire.client import Client, connect, list_contexts, list_exports
+from nbdwire.client import Client, connect, describe, list_contexts, list_exports
 from nbdwire.errors import (
     ConnectionClosed,
     NBDError,
@@ -13,12 +13,18 @@ from nbdwire.errors import (
     PolicyRefused,
     ProtocolError,
     RequestError,
+    ShuttingDown,
+    TLSError,
     TLSRequired,
     UnknownExport,
     URIError,
+    WritesLost,
 )
 from nbdwire.export import Export
 from nbdwire.extents import Extent
+from nbdwire.pipeline import Pipeline, Ticket
+from nbdwire.pool import Pool, connect_pool
+from nbdwire.reconnect import Policy, Reconnecting
 from nbdwire.server import Server
 from nbdwire.uri import NBDURI
 from nbdwire.uri import parse as parse_uri
@@ -31,14 +37,24 @@ __all__ = [
     "Extent",
     "NBDError",
     "NegotiationError",
+    "Pipeline",
+    "Policy",
     "PolicyRefused",
+    "Pool",
     "ProtocolError",
+    "Reconnecting",
     "RequestError",
     "Server",
+    "ShuttingDown",
+    "TLSError",
     "TLSRequired",
+    "Ticket",
     "URIError",
     "UnknownExport",
+    "WritesLost",
     "connect",
+    "connect_pool",
+    "describe",
     "list_contexts",
     "list_exports",
     "parse_uri",

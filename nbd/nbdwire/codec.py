@@ -5,6 +5,7 @@ The data path uses the `struct.Struct` objects directly; the handshake uses the 
 Source: the NBD protocol document, sections "Newstyle negotiation" and "Transmission".
 """
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
@@ -35,9 +36,22 @@ HOLE: Final = Struct(">QI")  # an OFFSET_HOLE payload: offset, size
 EXTENT: Final = Struct(">II")  # one block status descriptor: length, flags
 CHUNK_ERROR: Final = Struct(">IH")  # an ERROR payload: error, length of the message that follows
 
+CHUNK_ERROR_OFFSET: Final = Struct(">Q")  # behind the message of an ERROR_OFFSET payload
+
+# Transmission with extended headers: lengths have 64 bits, chunks repeat the request's offset
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")  # EXTENDED_REQUEST_MAGIC, then as REQUEST
+EXTENDED_CHUNK: Final = Struct(">IHHQQQ")  # EXTENDED_REPLY_MAGIC, flags, type, cookie, offset, len
+EXTENDED_OFFSET_DATA: Final = Struct(">IHHQQQQ")  # EXTENDED_CHUNK (length 8 + n), offset
+EXTENDED_HOLE: Final = Struct(">IHHQQQQI")  # EXTENDED_CHUNK (length 12), offset, size of the hole
+BLOCK_STATUS_EXT: Final = Struct(">II")  # the payload's head: context id, number of extents
+EXTENT_EXT: Final = Struct(">QQ")  # one descriptor of it: length, flags
+EFFECT_LENGTH: Final = Struct(">Q")  # a BLOCK_STATUS payload's head; context ids of 32 bits follow
+
 REQUEST_SIZE: Final = REQUEST.size  # 28
+EXTENDED_REQUEST_SIZE: Final = EXTENDED_REQUEST.size  # 32
 SIMPLE_REPLY_SIZE: Final = SIMPLE_REPLY.size  # 16
 CHUNK_SIZE: Final = CHUNK.size  # 20
+EXTENDED_CHUNK_SIZE: Final = EXTENDED_CHUNK.size  # 32
 
 
 def clip_string(text: str, limit: int = c.MAX_STRING) -> bytes:
@@ -93,11 +107,21 @@ def error_chunk(
     cookie: int, error: int, message: str = "", flags: int = c.REPLY_FLAG_DONE
 ) -> bytes:
     """An ERROR chunk, the last of its reply unless ``flags`` say otherwise."""
+    payload = error_payload(error, message)
+    head = CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_ERROR, cookie, len(payload))
+    return head + payload
+
+
+def error_payload(error: int, message: str, at: int | None = None) -> bytes:
+    """What an ERROR chunk holds, or, where the error's offset ``at`` is known, an ERROR_OFFSET."""
     text = clip_string(message)
-    head = CHUNK.pack(
-        c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_ERROR, cookie, CHUNK_ERROR.size + len(text)
-    )
-    return head + CHUNK_ERROR.pack(error, len(text)) + text
+    head = CHUNK_ERROR.pack(error, len(text)) + text
+    return head if at is None else head + CHUNK_ERROR_OFFSET.pack(at)
+
+
+def status_filter(length: int, contexts: Sequence[int]) -> bytes:
+    """The payload of a BLOCK_STATUS for ``length`` bytes that wants only ``contexts`` (ids)."""
+    return EFFECT_LENGTH.pack(length) + b"".join(U32.pack(number) for number in contexts)
 
 
 def hole_chunk(cookie: int, offset: int, size: int, flags: int = c.REPLY_FLAG_DONE) -> bytes:

@@ -7,74 +7,48 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nbdwire import constants as c
-from nbdwire.errors import ConnectionClosed, NBDError
-from nbdwire.export import Export, ExtentsFunction, Session, SupportsSessions
+from nbdwire.access import Peer
+from nbdwire.catalogue import TOO_MANY, Catalogue, Terms
+from nbdwire.errors import ConnectionClosed, NBDError, PolicyRefused
+from nbdwire.exports import Exports
 from nbdwire.followers import Followers
-from nbdwire.negotiate import Catalog, ExportInfo, Negotiated, server_handshake
+from nbdwire.limits import Budget, Keepalive
+from nbdwire.negotiate import Negotiated, server_handshake, server_refusal
 from nbdwire.requests import Requests
-from nbdwire.transport import run_handshake, tune
+from nbdwire.served import PlainSession, ServedExport
+from nbdwire.transport import Stream, Upgrader, establish, tune
 from nbdwire.worker import Worker
+
+if TYPE_CHECKING:
+    from nbdwire.places import Places
+
+__all__ = ["Connection", "House", "PlainSession", "ServedExport"]
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS: Final = 10.0
+REFUSAL_SECONDS: Final = 2.0
 SOCKET_BUFFER: Final = 2 << 20
+_DRAIN_MOST: Final = 16  # receptions of what a client has sent and nobody will read
 
-_CAN: Final = (
-    c.TFLAG_HAS_FLAGS
-    | c.TFLAG_SEND_FLUSH
-    | c.TFLAG_SEND_FUA
-    | c.TFLAG_SEND_DF
-    | c.TFLAG_SEND_CACHE
-    | c.TFLAG_CAN_MULTI_CONN
-)
-_CAN_WRITE: Final = c.TFLAG_SEND_TRIM | c.TFLAG_SEND_WRITE_ZEROES | c.TFLAG_SEND_FAST_ZERO
+Loop: TypeAlias = Worker | Followers
 
 
-@dataclass(frozen=True)
-class PlainSession:
-    """The session of an export that gives none: no gate, always the same node."""
+@dataclass
+class House:
+    """What all connections of a server share. ``left`` is called at the end of each."""
 
-    node: Export
-    gate: contextlib.AbstractContextManager[object] = field(default_factory=nullcontext)
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-@dataclass(frozen=True)
-class ServedExport:
-    """An export under a name. ``contexts``: what BLOCK_STATUS tells beside the allocation."""
-
-    name: str
-    export: Export | SupportsSessions
-    size: int
-    read_only: bool
-    blocking: bool = False
-    description: str = ""
-    contexts: Mapping[str, ExtentsFunction] = field(default_factory=dict)
-
-    def info(self) -> ExportInfo:
-        """What the handshake tells clients."""
-        return ExportInfo(
-            name=self.name,
-            size=self.size,
-            flags=_CAN | (c.TFLAG_READ_ONLY if self.read_only else _CAN_WRITE),
-            description=self.description,
-            contexts=(c.CONTEXT_BASE_ALLOCATION, *self.contexts),
-        )
-
-    def open_session(self) -> Session:
-        """An object for one connection, or for one of its threads."""
-        if isinstance(self.export, SupportsSessions):
-            return self.export.open_session()
-        return PlainSession(self.export)
+    exports: Exports
+    places: "Places[Connection]"
+    budget: Budget
+    left: Callable[["Connection"], None]
+    handshake_seconds: float = HANDSHAKE_SECONDS
+    keepalive: Keepalive | None = field(default_factory=Keepalive)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # see nbdwire.lookout
 
 
 class Connection:
@@ -82,27 +56,31 @@ class Connection:
 
     _numbers = itertools.count(1)
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        peer: str,
-        catalog: Catalog,
-        enter: Callable[["Connection", str], ServedExport | None],
-        leave: Callable[["Connection"], None],
-        turn: threading.Lock,
-        handshake_seconds: float = HANDSHAKE_SECONDS,
-    ) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, terms: Terms, house: House) -> None:
         self.number = next(self._numbers)
-        self.peer = peer
         self.export: str | None = None
+        self.stopping = threading.Event()
         self._sock = sock
-        self._catalog = catalog
-        self._enter = enter
-        self._leave = leave
-        self._turn = turn
-        self._handshake_seconds = handshake_seconds
+        self._stream: Stream = sock
+        self._terms = terms
+        self._house = house
+        self._catalogue = Catalogue(
+            house.exports,
+            terms,
+            peer,
+            reserve=lambda: house.places.reserve(self),
+            stopping=self.stopping.is_set,
+        )
+        self._account = house.budget.open(lambda why: self.hang_up(socket.SHUT_RDWR, why))
+        self._loop: Loop | None = None
+        self._why = ""
         self._closing = threading.Lock()
         self.thread = threading.Thread(target=self.run, name=f"nbd-{self.number}", daemon=True)
+
+    @property
+    def peer(self) -> Peer:
+        """The other end, as far as it is known."""
+        return self._catalogue.peer
 
     def run(self) -> None:
         """Serve the client until it leaves, breaks the protocol, or is hung up."""
@@ -110,59 +88,138 @@ class Connection:
             negotiated = self._handshake()
             if negotiated is not None:
                 self._transmit(negotiated)
+            else:
+                self._log_left("it chose no export")
+        except ConnectionClosed as problem:
+            self._log_left(str(problem))
         except (NBDError, OSError) as problem:
-            log.info("refused connection=%d peer=%s: %s", self.number, self.peer, problem)
+            self._log_refused(self._why or self._catalogue.refused or str(problem))
         except Exception as problem:  # a fault of ours must not end the server
             log.error("connection=%d ended by a fault of this program: %r", self.number, problem)
             log.debug("where it happened", exc_info=problem)
         finally:
-            with self._closing:
-                self._sock.close()
-            self._leave(self)
+            self.close()
 
-    def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
+    def close(self) -> None:
+        """Give everything back. For the connection's thread, or if that could not be started."""
+        self._house.places.leave(self)  # so that a client which sees the end may come again
+        with self._closing:
+            with contextlib.suppress(NBDError, OSError):
+                if self._stream is self._sock:
+                    self._drain()  # a TLS stream does it itself, after its close_notify
+            with contextlib.suppress(NBDError, OSError):
+                self._stream.close()
+            self._sock.close()
+        self._account.end()
+        self._catalogue.release()
+        self._house.left(self)
+
+    def _drain(self) -> None:
+        """To close a TCP socket with unread input would reset it, under replies on their way."""
+        if self._sock.family == socket.AF_UNIX:
+            return
+        for _ in range(_DRAIN_MOST):
+            if not self._sock.recv(1 << 16, socket.MSG_DONTWAIT):
+                return
+
+    def hang_up(self, how: int = socket.SHUT_RDWR, why: str = "") -> None:
         """Wake the thread out of the socket. SHUT_RD lets it answer what it has read."""
+        self._why = self._why or why
+        if how == socket.SHUT_RDWR:
+            self._account.close()
         # The lock: a descriptor that is just being closed may already be another connection's.
         with self._closing, contextlib.suppress(OSError):  # the client may be gone already
             self._sock.shutdown(how)
 
+    def activity(self) -> int | None:
+        """A number that grows with each request; None before there can be any."""
+        loop = self._loop
+        return None if loop is None else loop.reads + loop.writes + loop.others
+
+    # Before transmission
+
     def _handshake(self) -> Negotiated | None:
-        tune(self._sock)
-        if self._sock.family == socket.AF_UNIX:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-        deadline = time.monotonic() + self._handshake_seconds
-        return run_handshake(self._sock, server_handshake(self._catalog), deadline)
+        self._tune()
+        deadline = time.monotonic() + self._house.handshake_seconds
+        if self._house.places.full():
+            deadline = min(deadline, time.monotonic() + REFUSAL_SECONDS)
+            self._catalogue.refused = TOO_MANY
+            establish(self._sock, server_refusal(TOO_MANY), deadline)
+            return None
+        handshake = server_handshake(self._catalogue, tls=self._terms.mode, stopping=self.stopping)
+        result, self._stream = establish(self._sock, handshake, deadline, self._upgrader())
+        return result
+
+    def _tune(self) -> None:
+        sock, keepalive = self._sock, self._house.keepalive
+        tune(sock)
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        elif sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, keepalive is not None)
+            if keepalive is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive.idle)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.count)
+
+    def _upgrader(self) -> Upgrader | None:
+        tls = self._terms.tls
+        if tls is None or self._terms.mode == "off":
+            return None
+
+        def upgrade(sock: socket.socket) -> Stream:
+            stream = tls.upgrade(sock)
+            self._catalogue.peer = self.peer.with_tls(stream)
+            self._catalogue.refused = ""
+            return stream
+
+        return upgrade
+
+    # Transmission
 
     def _transmit(self, negotiated: Negotiated) -> None:
-        served = self._enter(self, negotiated.export.name)
-        if served is None or served.info() != negotiated.export:
-            return  # it was removed, or replaced by another, since it was negotiated
+        served = self._enter(negotiated)
         requests = Requests(
             size=served.size,
             flags=negotiated.flags,
             structured=negotiated.structured,
             contexts=negotiated.contexts,
             functions=served.contexts,
-        )
-        log.info(
-            "open connection=%d peer=%s export=%r structured=%s contexts=%s",
-            self.number,
-            self.peer,
-            served.name,
-            "yes" if negotiated.structured else "no",
-            ",".join(name for _, name in negotiated.contexts) or "none",
+            extended=negotiated.extended,
+            minimum_block=served.minimum_block,
+            maximum_payload=served.maximum_payload,
+            stopping=self.stopping,
+            account=self._account,
         )
         if served.blocking:
-            self._serve(Followers(self._sock, served.open_session, requests))
+            loop = Followers(self._stream, served.open_session, requests)
+            self._serve(loop, negotiated)
             return
         session = served.open_session()
         try:
-            self._serve(Worker(self._sock, session, requests, self._turn))
+            self._serve(Worker(self._stream, session, requests, self._house.turn), negotiated)
         finally:
             session.close()
 
-    def _serve(self, loop: Worker | Followers) -> None:
+    def _enter(self, negotiated: Negotiated) -> ServedExport:
+        """Take a place at the export, which may have gone since it was negotiated."""
+        served, house = self._catalogue.selected, self._house
+        if served is None or served.name != negotiated.export.name:
+            raise PolicyRefused(f"export {negotiated.export.name!r} was not granted")
+        if not house.places.enter(self):
+            raise PolicyRefused(TOO_MANY)
+        if not house.exports.enter(served, self._entered):
+            raise PolicyRefused(f"export {served.name!r} was removed meanwhile")
+        return served
+
+    def _entered(self) -> None:
+        assert self._catalogue.selected is not None
+        self.export = self._catalogue.selected.name
+
+    def _serve(self, loop: Loop, negotiated: Negotiated) -> None:
+        self._log_open(negotiated)
         began, reason = time.monotonic(), "the client left"
+        self._loop = loop
         try:
             loop.run()
         except ConnectionClosed:
@@ -170,15 +227,46 @@ class Connection:
         except (NBDError, OSError) as problem:
             reason = str(problem)
         finally:
-            log.info(
-                "close connection=%d reads=%d writes=%d others=%d bytes-read=%d bytes-written=%d "
-                "seconds=%.3f: %s",
-                self.number,
-                loop.reads,
-                loop.writes,
-                loop.others,
-                loop.bytes_read,
-                loop.bytes_written,
-                time.monotonic() - began,
-                reason,
-            )
+            self._log_close(loop, time.monotonic() - began, self._why or reason)
+
+    # The log
+
+    def _log_left(self, why: str) -> None:
+        """It left, or was hung up, before transmission."""
+        refused = self._why or self._catalogue.refused
+        if refused:
+            self._log_refused(refused)
+        elif self._terms.mode == "required" and not self.peer.tls:
+            self._log_refused(f"it did not turn to TLS, which is required here ({why})")
+        else:
+            log.info("left connection=%d peer=%s: %s", self.number, self.peer, why)
+
+    def _log_refused(self, why: str) -> None:
+        log.info("refused connection=%d peer=%s: %s", self.number, self.peer, why)
+
+    def _log_open(self, negotiated: Negotiated) -> None:
+        headers = "structured" if negotiated.structured else "simple"
+        log.info(
+            "open connection=%d peer=%s tls=%s export=%r headers=%s contexts=%s",
+            self.number,
+            self.peer,
+            self.peer.tls or "no",
+            self.export,
+            "extended" if negotiated.extended else headers,
+            ",".join(name for _, name in negotiated.contexts) or "none",
+        )
+
+    def _log_close(self, loop: Loop, seconds: float, reason: str) -> None:
+        log.info(
+            "close connection=%d reads=%d writes=%d others=%d bytes-read=%d bytes-written=%d "
+            "seconds=%.3f slowest=%.6f: %s",
+            self.number,
+            loop.reads,
+            loop.writes,
+            loop.others,
+            loop.bytes_read,
+            loop.bytes_written,
+            seconds,
+            loop.slowest,
+            reason,
+        )

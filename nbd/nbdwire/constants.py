@@ -82,6 +82,7 @@ CMD_TRIM: Final = 4
 CMD_CACHE: Final = 5
 CMD_WRITE_ZEROES: Final = 6
 CMD_BLOCK_STATUS: Final = 7
+CMD_RESIZE: Final = 8  # an extension that nobody implements
 
 CMD_FLAG_FUA: Final = 1 << 0
 CMD_FLAG_NO_HOLE: Final = 1 << 1
@@ -127,5 +128,6 @@ STATE_DIRTY: Final = 1 << 0
 # Section "Block size constraints": what holds without negotiation, and the most that we take
 MIN_BLOCK: Final = 1
 PREFERRED_BLOCK: Final = 4096
+MAX_BLOCK: Final = 65536  # the largest minimum block
 MAX_PAYLOAD: Final = 32 << 20
 MAX_EXTENTS: Final = 1 << 17  # descriptors in one status chunk: 1 MiB; the protocol's cap is 2^20

@@ -8,14 +8,19 @@
     ├── NegotiationError         an option was refused; .option, .reply, .message (the server's own)
     │   ├── UnknownExport
     │   ├── TLSRequired
-    │   └── PolicyRefused
+    │   ├── PolicyRefused
+    │   └── ShuttingDown
     ├── RequestError(OSError)    this request failed, .errno is set; the connection goes on
+    │   └── WritesLost           .ranges were written but not flushed when the connection was lost
     ├── ConnectionClosed         the peer is gone
+    ├── BusyError                an export is in use; .clients, how many
+    ├── TLSError                 TLS cannot be set up, or broke down
     └── URIError(ValueError)     this is no NBD URI
 """
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from nbdwire import constants as c
@@ -67,6 +72,12 @@ class PolicyRefused(NegotiationError):
     code = "nbd-refused-by-policy"
 
 
+class ShuttingDown(NegotiationError):
+    """The server is about to end."""
+
+    code = "nbd-shutting-down"
+
+
 class RequestError(NBDError, OSError):
     """One request failed with ``errno``; the connection goes on."""
 
@@ -76,10 +87,44 @@ class RequestError(NBDError, OSError):
         OSError.__init__(self, number, message or os.strerror(number))
 
 
+class WritesLost(RequestError):
+    """The connection was lost before ``ranges``, (offset, length) each, were flushed.
+
+    They may be stored or not; write them again.
+    """
+
+    code = "nbd-writes-lost"
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.ranges = list(ranges)
+        lost = sum(length for _, length in self.ranges)
+        super().__init__(
+            errno.EIO,
+            f"the connection was lost before {lost} bytes in {len(self.ranges)} ranges, the first "
+            f"at {self.ranges[0][0]}, were flushed; they may not be stored: write them again",
+        )
+
+
 class ConnectionClosed(NBDError):
     """The peer closed the connection."""
 
     code = "nbd-connection-closed"
+
+
+class TLSError(NBDError):
+    """Certificates or keys cannot be used, or a peer failed in TLS; such a connection is over."""
+
+    code = "nbd-tls-error"
+
+
+class BusyError(NBDError):
+    """Clients are connected to the export. ``clients`` is how many."""
+
+    code = "nbd-busy"
+
+    def __init__(self, text: str, clients: int = 0) -> None:
+        super().__init__(text)
+        self.clients = clients
 
 
 class URIError(NBDError, ValueError):

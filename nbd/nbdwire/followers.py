@@ -9,19 +9,21 @@ answered in the order in which they end; there is no queue and no hand-over betw
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from nbdwire import constants as c
-from nbdwire.codec import CHUNK_OFFSET_DATA, REQUEST, SIMPLE_REPLY
 from nbdwire.errors import ConnectionClosed, ProtocolError
-from nbdwire.export import Export, Session
+from nbdwire.export import Session
+from nbdwire.limits import Account, Share
 from nbdwire.requests import Requests
-from nbdwire.transport import recv_exact_into, send_all
+from nbdwire.transport import Stream, recv_exact_into, send_all
 
 THREADS: Final = 8
 BUFFER: Final = 64 << 10
 KEEP_SIZE: Final = 1 << 20  # larger buffers are given back, lest idle clients pin them
+PART_SIZE: Final = 4 << 20  # a client that has sent or taken so much is going on
 
 
 class Followers:
@@ -29,14 +31,15 @@ class Followers:
 
     def __init__(
         self,
-        sock: socket.socket,
+        stream: Stream,
         open_session: Callable[[], Session],
         requests: Requests,
         threads: int = THREADS,
     ) -> None:
-        self._sock = sock
+        self._stream = stream
         self._open_session = open_session
         self._requests = requests
+        self._wire = requests.wire
         self._threads = threads
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
@@ -45,6 +48,7 @@ class Followers:
         self._problem: Exception | None = None
         self.reads = self.writes = self.others = 0
         self.bytes_read = self.bytes_written = 0
+        self.slowest = 0.0
 
     def run(self) -> None:
         """Return when the client has left; raise what ended the connection otherwise."""
@@ -71,14 +75,25 @@ class Followers:
             self._end(problem)
 
     def _serve(self, session: Session) -> None:
-        follower = _Follower()
-        while self._next(follower):
-            self._send(*self._carry_out(session, follower))
-            follower.rest()
+        follower = _Follower(self._wire.request.size, self._requests.account)
+        try:
+            while self._next(follower):
+                began = time.perf_counter()
+                self._send(follower, *self._carry_out(session, follower))
+                self._took(time.perf_counter() - began)
+                follower.rest()
+        finally:
+            follower.end()  # others of this connection may wait for that memory
 
-    def _send(self, reply: bytes, payload: bytes | memoryview) -> None:
-        with self._write_lock:
-            send_all(self._sock, reply, payload)
+    def _send(self, follower: "_Follower", reply: bytes, payload: memoryview | None) -> None:
+        with follower.waiting(), self._write_lock:
+            if payload is None or len(payload) <= PART_SIZE:
+                send_all(self._stream, reply, payload if payload is not None else b"")
+                return
+            send_all(self._stream, reply)
+            for start in range(0, len(payload), PART_SIZE):
+                follower.goes_on()
+                send_all(self._stream, payload[start : start + PART_SIZE])
 
     def _end(self, problem: Exception) -> None:
         """Wake the other threads: none of them must wait for a request that never comes."""
@@ -87,8 +102,10 @@ class Followers:
                 return
             self._over = True
             self._problem = problem
+        if self._requests.account is not None:
+            self._requests.account.close()
         with contextlib.suppress(OSError):  # the peer may be gone already
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._stream.shutdown(socket.SHUT_RDWR)
 
     def _next(self, follower: "_Follower") -> bool:
         """Read one request, with its payload; False when the client has left."""
@@ -96,65 +113,88 @@ class Followers:
             if self._over:
                 return False
             try:
-                recv_exact_into(self._sock, follower.head)
+                recv_exact_into(self._stream, follower.head)
             except ConnectionClosed:
                 self._over = True
                 return False
-            magic, *rest = REQUEST.unpack(follower.head)
-            if magic != c.REQUEST_MAGIC:
-                raise ProtocolError(f"a request begins with {magic:#010x}, which is not NBD")
-            follower.flags, follower.kind, follower.cookie, follower.offset, follower.length = rest
+            self._requests.look()
+            self._parse(follower)
             if follower.kind == c.CMD_DISC:
                 self._over = True
                 return False
-            if follower.kind == c.CMD_WRITE:
+            if follower.payload:
                 self._payload(follower)
             return True
 
-    def _payload(self, follower: "_Follower") -> None:
-        left = follower.length
-        if left <= c.MAX_PAYLOAD:
-            recv_exact_into(self._sock, follower.room(left))
+    def _parse(self, f: "_Follower") -> None:
+        """The fields, and whether a payload follows: see nbdwire.requests."""
+        wire = self._wire
+        magic, f.flags, f.kind, f.cookie, f.offset, f.length = wire.request.unpack(f.head)
+        if magic != wire.request_magic:
+            raise ProtocolError(f"a request begins with {magic:#010x}, which is not NBD")
+        if not wire.extended:
+            f.payload = f.length if f.kind == c.CMD_WRITE else 0
             return
-        while left:  # too much: consume it, to stay in step with the client
-            step = min(left, 1 << 20)
-            recv_exact_into(self._sock, follower.room(step))
-            left -= step
-
-    def _carry_out(
-        self, session: Session, follower: "_Follower"
-    ) -> tuple[bytes, bytes | memoryview]:
-        """The reply to the follower's request, and the data behind it."""
-        requests, f = self._requests, follower
-        self._count(f.kind)
-        number = requests.check(f.kind, f.flags, f.offset, f.length)
-        if number:
-            return requests.error(f.cookie, number), b""
-        with session.gate:
-            node = session.node
-            if f.kind not in (c.CMD_READ, c.CMD_WRITE):
-                return requests.execute(node, f.kind, f.flags, f.cookie, f.offset, f.length), b""
-            try:
-                return self._transfer(node, f)
-            except Exception:  # every failure is answered; the connection goes on
-                return requests.failure(f.cookie), b""
-
-    def _transfer(self, node: Export, f: "_Follower") -> tuple[bytes, bytes | memoryview]:
-        view = f.room(f.length)
-        simple = SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, c.NBD_SUCCESS, f.cookie)
+        f.payload = f.length if f.flags & c.CMD_FLAG_PAYLOAD_LEN else 0
+        if f.payload > max(self._requests.maximum_payload, c.MAX_PAYLOAD):
+            raise ProtocolError(f"a request has {f.payload} bytes of payload, more than is allowed")
         if f.kind == c.CMD_WRITE:
-            node.pwrite(view, f.offset, bool(f.flags & c.CMD_FLAG_FUA))
-            self._count_bytes(f)
-            return simple, b""
-        node.pread_into(view, f.offset)
+            f.flags ^= c.CMD_FLAG_PAYLOAD_LEN
+
+    def _payload(self, f: "_Follower") -> None:
+        """Of a request that will be refused it is consumed, to stay in step with the client."""
+        wanted = f.kind == c.CMD_WRITE and f.payload <= self._requests.maximum_payload
+        wanted = wanted or self._requests.takes_payload(f.kind, f.payload)
+        room = f.room(f.payload if wanted else min(f.payload, 1 << 20))
+        left = f.payload
+        with f.waiting():
+            while left:
+                step = min(left, PART_SIZE, len(room))
+                start = f.payload - left if wanted else 0
+                recv_exact_into(self._stream, room[start : start + step])
+                f.goes_on()
+                left -= step
+
+    def _carry_out(self, session: Session, f: "_Follower") -> tuple[bytes, memoryview | None]:
+        """The reply to the follower's request, and the data behind it."""
+        requests = self._requests
+        self._count(f.kind)
+        if f.flags & c.CMD_FLAG_PAYLOAD_LEN and requests.takes_payload(f.kind, f.payload):
+            with session.gate:
+                payload = bytes(f.room(f.payload))
+                return requests.filtered_status(
+                    session.node, f.flags, f.cookie, f.offset, payload
+                ), None
+        problem = requests.problem(f.kind, f.flags, f.offset, f.length)
+        if problem is not None:
+            return requests.error(f.cookie, f.offset, *problem), None
+        fields = f.kind, f.flags, f.cookie, f.offset, f.length
+        if requests.is_long(f.kind, f.length):
+            return requests.execute_in_steps(session, *fields), None
+        if f.kind not in (c.CMD_READ, c.CMD_WRITE):
+            with session.gate:
+                return requests.execute(session.node, *fields), None
+        return self._transfer(session, f)
+
+    def _transfer(self, session: Session, f: "_Follower") -> tuple[bytes, memoryview | None]:
+        view = f.room(f.length)  # it may wait for memory, so the gate is not held yet
+        try:
+            with session.gate:
+                if f.kind == c.CMD_READ:
+                    session.node.pread_into(view, f.offset)
+                else:
+                    session.node.pwrite(view, f.offset, bool(f.flags & c.CMD_FLAG_FUA))
+        except Exception:  # every failure is answered; the connection goes on
+            return self._requests.failure(f.cookie, f.offset), None
         self._count_bytes(f)
-        if not self._requests.structured:
-            return simple, view
-        head = CHUNK_OFFSET_DATA.pack(
-            c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_OFFSET_DATA, f.cookie,
-            f.length + 8, f.offset,
-        )  # fmt: skip
-        return head, view
+        if f.kind == c.CMD_WRITE:
+            return self._wire.done(f.cookie, f.offset), None
+        return self._wire.data(f.cookie, f.offset, f.offset, f.length), view
+
+    def _took(self, seconds: float) -> None:
+        if seconds > self.slowest:
+            with self._count_lock:
+                self.slowest = max(self.slowest, seconds)
 
     def _count(self, kind: int) -> None:
         with self._count_lock:
@@ -186,16 +226,42 @@ def _start(threads: Iterable[threading.Thread]) -> list[threading.Thread]:
 class _Follower:
     """One thread's request and buffer, used again for each request."""
 
-    def __init__(self) -> None:
-        self.head = memoryview(bytearray(REQUEST.size))
-        self.flags = self.kind = self.cookie = self.offset = self.length = 0
+    def __init__(self, header: int, account: Account | None = None) -> None:
+        self.head = memoryview(bytearray(header))
+        self.flags = self.kind = self.cookie = self.offset = self.length = self.payload = 0
         self._buffer = bytearray(BUFFER)
+        self._share: Share | None = account.share() if account is not None else None
 
     def room(self, length: int) -> memoryview:
+        """The first ``length`` bytes of the buffer; waits for memory. ConnectionClosed."""
         if len(self._buffer) < length:
+            if self._share is not None:
+                self._share.take(length)
             self._buffer = bytearray(length)
         return memoryview(self._buffer)[:length]
 
     def rest(self) -> None:
+        """Give back what is too large to keep."""
         if len(self._buffer) > KEEP_SIZE:
             self._buffer = bytearray(BUFFER)
+            self.end()
+
+    def end(self) -> None:
+        """The buffer is not used any longer."""
+        if self._share is not None:
+            self._share.keep(0)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nothing goes on in the block unless the client does."""
+        self.goes_on()
+        try:
+            yield
+        finally:
+            if self._share is not None:
+                self._share.idle_since = None
+
+    def goes_on(self) -> None:
+        """The client has done something."""
+        if self._share is not None and self._share.held:
+            self._share.idle_since = time.monotonic()

@@ -9,11 +9,12 @@ sleeps if nothing comes.
 """
 
 import select
-import socket
 import threading
 from os import sched_yield
 from time import perf_counter
 from typing import Final
+
+from nbdwire.transport import Stream
 
 LIVELY: Final = 100e-6
 """Seconds: a client that asks again within that is expected to do it again."""
@@ -31,7 +32,7 @@ class Lookout:
 
     __slots__ = ("_lively", "_poll", "_turn")
 
-    def __init__(self, sock: socket.socket, turn: threading.Lock) -> None:
+    def __init__(self, sock: Stream, turn: threading.Lock) -> None:
         poller = select.poll()
         poller.register(sock, select.POLLIN)
         self._poll = poller.poll
@@ -39,7 +40,7 @@ class Lookout:
         self._lively = False
 
     def begin(self) -> float:
-        """Call it before the socket is read. Returns what `end` wants."""
+        """Call it before the socket is read. Returns the time, in seconds, which `end` wants."""
         began = perf_counter()
         if self._lively and self._turn.acquire(blocking=False):
             try:
@@ -49,6 +50,18 @@ class Lookout:
                 self._turn.release()
         return began
 
-    def end(self, began: float) -> None:
-        """Call it after the socket was read."""
-        self._lively = perf_counter() - began < LIVELY
+    def end(self, began: float) -> float:
+        """Call it after the socket was read. Returns the time, as `begin` does."""
+        now = perf_counter()
+        self._lively = now - began < LIVELY
+        return now
+
+
+class Sleeper(Lookout):
+    """For a stream whose descriptor does not tell whether there is input: it just sleeps."""
+
+    __slots__ = ()
+
+    def begin(self) -> float:
+        """The time."""
+        return perf_counter()

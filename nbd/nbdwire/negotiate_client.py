@@ -4,6 +4,7 @@
 The server is not trusted: each of its replies is bounded in length, and so is their sum.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
@@ -14,10 +15,11 @@ from nbdwire.errors import (
     NegotiationError,
     PolicyRefused,
     ProtocolError,
+    ShuttingDown,
     TLSRequired,
     UnknownExport,
 )
-from nbdwire.negotiate import Handshake
+from nbdwire.handshake import UPGRADE, Handshake
 
 MAX_REPLIES: Final = 16 << 20
 """Bytes of replies to one option that a client takes, headers included."""
@@ -26,8 +28,11 @@ _OLDSTYLE: Final = 0x0000420281861253
 _INFOS: Final = (c.INFO_NAME, c.INFO_DESCRIPTION, c.INFO_BLOCK_SIZE)
 _OPTION_NAMES: Final = {
     c.OPT_LIST: "LIST",
+    c.OPT_STARTTLS: "STARTTLS",
+    c.OPT_INFO: "INFO",
     c.OPT_GO: "GO",
     c.OPT_STRUCTURED_REPLY: "STRUCTURED_REPLY",
+    c.OPT_EXTENDED_HEADERS: "EXTENDED_HEADERS",
     c.OPT_LIST_META_CONTEXT: "LIST_META_CONTEXT",
     c.OPT_SET_META_CONTEXT: "SET_META_CONTEXT",
 }
@@ -36,9 +41,9 @@ _REFUSALS: Final[dict[int, tuple[type[NegotiationError], str]]] = {
     c.REP_ERR_POLICY: (PolicyRefused, "its configuration forbids it"),
     c.REP_ERR_INVALID: (NegotiationError, "it takes the request for invalid"),
     c.REP_ERR_PLATFORM: (NegotiationError, "its platform cannot do that"),
-    c.REP_ERR_TLS_REQD: (TLSRequired, "it wants TLS first"),
+    c.REP_ERR_TLS_REQD: (TLSRequired, "it wants TLS first (use an nbds:// URI)"),
     c.REP_ERR_UNKNOWN: (UnknownExport, "it has no such export"),
-    c.REP_ERR_SHUTDOWN: (NegotiationError, "it is shutting down"),
+    c.REP_ERR_SHUTDOWN: (ShuttingDown, "it is shutting down"),
     c.REP_ERR_BLOCK_SIZE_REQD: (NegotiationError, "it wants block sizes to be negotiated"),
     c.REP_ERR_TOO_BIG: (NegotiationError, "the request is too big for it"),
     c.REP_ERR_EXT_HEADER_REQD: (NegotiationError, "it wants extended headers"),
@@ -51,6 +56,7 @@ class ClientSession:
 
     ``name`` is the canonical name if the server told it, else the one that was asked for. Sizes
     are in bytes, ``flags`` are TFLAG_*, ``contexts`` are (id, name) of the selected ones.
+    ``structured``: replies come in chunks, as they also do with ``extended`` headers.
     """
 
     name: str
@@ -62,44 +68,87 @@ class ClientSession:
     maximum_payload: int = c.MAX_PAYLOAD
     structured: bool = False
     contexts: tuple[tuple[int, str], ...] = ()
+    extended: bool = False
+    tls: bool = False
 
 
 def client_handshake(
-    export: str, contexts: Sequence[str] = (), structured: bool = True
+    export: str | Sequence[str],
+    contexts: Sequence[str] = (),
+    structured: bool = True,
+    *,
+    extended: bool = True,
+    tls: bool = False,
 ) -> Handshake[ClientSession]:
-    """Enter transmission with ``export``, with structured replies and ``contexts`` if they are had.
+    """Enter transmission with ``export``, or with the first of several that the server accepts.
 
-    What the server lacks is left out of the result. UnknownExport, TLSRequired, PolicyRefused or
-    NegotiationError: it refuses the export; ProtocolError: it broke the specification.
+    Extended headers, else structured replies, and the metadata ``contexts`` are used if they are
+    had; what the server lacks is left out of the result. With ``tls`` nothing is asked before the
+    stream is TLS. UnknownExport, TLSRequired, PolicyRefused or NegotiationError: it refuses the
+    export (the last one); ProtocolError: it broke the specification.
     """
+    names = (export,) if isinstance(export, str) else tuple(export)
     flags = yield from _greet()
     if not flags & c.FLAG_FIXED_NEWSTYLE:
-        return (yield from _export_name(ClientSession(export), flags))
+        _must_be_plain(tls)
+        return (yield from _export_name(ClientSession(names[-1]), flags))
     try:
-        return (yield from _haggle(export, tuple(contexts), structured, flags))
+        session = yield from _features(tls, structured, extended)
+        for name in names[:-1]:
+            with contextlib.suppress(NegotiationError):
+                return (yield from _enter(replace(session, name=name), tuple(contexts), flags))
+        return (yield from _enter(replace(session, name=names[-1]), tuple(contexts), flags))
     except NegotiationError:
         yield codec.option_request(c.OPT_ABORT)
         raise
 
 
-def client_list() -> Handshake[list[tuple[str, str]]]:
+def client_list(*, tls: bool = False) -> Handshake[list[tuple[str, str]]]:
     """Name and description of each export that the server lists; then say good-bye."""
-    yield from _greet_fixed()
+    yield from _greet_fixed(tls)
     replies = yield from _ask(c.OPT_LIST)
     found = [_parse_server(data) for _, data in _only(replies, c.REP_SERVER)]
     yield codec.option_request(c.OPT_ABORT)
     return found
 
 
-def client_list_contexts(export: str, queries: Sequence[str] = ()) -> Handshake[list[str]]:
+def client_list_contexts(
+    export: str, queries: Sequence[str] = (), *, tls: bool = False
+) -> Handshake[list[str]]:
     """The metadata contexts of ``export`` that match ``queries`` (none: all); then good-bye."""
-    yield from _greet_fixed()
+    yield from _greet_fixed(tls)
     yield from _try(c.OPT_STRUCTURED_REPLY)
-    request = codec.context_request(export, tuple(queries))
-    replies = yield from _ask(c.OPT_LIST_META_CONTEXT, request, repr(export))
-    found = [_parse_context(data)[1] for _, data in _only(replies, c.REP_META_CONTEXT)]
+    found = yield from _list_contexts(export, queries)
     yield codec.option_request(c.OPT_ABORT)
     return found
+
+
+def client_describe(
+    export: str, *, tls: bool = False
+) -> Handshake[tuple[ClientSession, tuple[str, ...]]]:
+    """What the server tells about ``export`` and its contexts without entering it; good-bye.
+
+    A server that cannot list contexts has none. Errors: `client_handshake`.
+    """
+    yield from _greet_fixed(tls)
+    try:
+        session = replace((yield from _features(False, True, True)), name=export, tls=tls)
+        replies = yield from _ask(c.OPT_INFO, codec.info_request(export, _INFOS), repr(export))
+        session = _apply_infos(session, [data for _, data in _only(replies, c.REP_INFO)])
+        found: list[str] = []
+        with contextlib.suppress(NegotiationError):
+            found = yield from _list_contexts(export)
+    except NegotiationError:
+        yield codec.option_request(c.OPT_ABORT)
+        raise
+    yield codec.option_request(c.OPT_ABORT)
+    return session, tuple(found)
+
+
+def _list_contexts(export: str, queries: Sequence[str] = ()) -> Handshake[list[str]]:
+    request = codec.context_request(export, tuple(queries))
+    replies = yield from _ask(c.OPT_LIST_META_CONTEXT, request, repr(export))
+    return [_parse_context(data)[1] for _, data in _only(replies, c.REP_META_CONTEXT)]
 
 
 def _greet() -> Handshake[int]:
@@ -116,25 +165,50 @@ def _greet() -> Handshake[int]:
     return common
 
 
-def _greet_fixed() -> Handshake[None]:
+def _greet_fixed(tls: bool) -> Handshake[None]:
     flags = yield from _greet()
     if not flags & c.FLAG_FIXED_NEWSTYLE:
+        _must_be_plain(tls)
         raise NegotiationError("the server is too old to list anything: it lacks fixed newstyle")
+    if tls:
+        yield from _start_tls()
 
 
-def _haggle(
-    export: str, contexts: tuple[str, ...], structured: bool, flags: int
-) -> Handshake[ClientSession]:
-    session = ClientSession(export)
+def _must_be_plain(tls: bool) -> None:
+    """Never fall back to plain text where TLS was wanted (CVE-2019-14842)."""
+    if tls:
+        raise NegotiationError("the server is too old for TLS: it lacks fixed newstyle")
+
+
+def _start_tls() -> Handshake[None]:
+    yield from _ask(c.OPT_STARTTLS)
+    yield UPGRADE
+
+
+def _features(tls: bool, structured: bool, extended: bool) -> Handshake[ClientSession]:
+    """The session before an export is chosen. STARTTLS comes first: it would wipe the others."""
+    if tls:
+        yield from _start_tls()
+    session = ClientSession("", tls=tls)
+    if structured and extended and (yield from _try(c.OPT_EXTENDED_HEADERS)) is not None:
+        return replace(session, structured=True, extended=True)
     if structured and (yield from _try(c.OPT_STRUCTURED_REPLY)) is not None:
-        session = replace(session, structured=True)
-        if contexts:
-            selected = yield from _select(export, contexts)
-            session = replace(session, contexts=selected)
+        return replace(session, structured=True)
+    return session
+
+
+def _enter(
+    session: ClientSession, contexts: tuple[str, ...], flags: int
+) -> Handshake[ClientSession]:
+    """GO with the export ``session.name``, or EXPORT_NAME if the server does not know GO."""
+    export = session.name
+    if session.structured and contexts:
+        session = replace(session, contexts=(yield from _select(export, contexts)))
     try:
         replies = yield from _ask(c.OPT_GO, codec.info_request(export, _INFOS), repr(export))
     except NegotiationError as error:
-        if error.reply != c.REP_ERR_UNSUP:
+        # With extended headers EXPORT_NAME is illegal; who has them must have GO.
+        if error.reply != c.REP_ERR_UNSUP or session.extended:
             raise
         return (yield from _export_name(session, flags))
     return _apply_infos(session, [data for _, data in _only(replies, c.REP_INFO)])
@@ -261,7 +335,14 @@ def _with_export(session: ClientSession, data: bytes) -> ClientSession:
         raise ProtocolError(f"the server announces an impossible size: {size} bytes")
     if not flags & c.TFLAG_HAS_FLAGS:
         raise ProtocolError(f"the server's transmission flags are impossible: {flags:#06x}")
-    return replace(session, size=size, flags=flags)
+    return replace(session, size=size, flags=flags & ~_unusable(session, flags))
+
+
+def _unusable(session: ClientSession, flags: int) -> int:
+    """The flags that the server must not have set: what they promise was not negotiated."""
+    wrong = 0 if session.structured else c.TFLAG_SEND_DF
+    wrong |= 0 if session.extended else c.TFLAG_BLOCK_STATUS_PAYLOAD
+    return wrong | (0 if flags & c.TFLAG_SEND_WRITE_ZEROES else c.TFLAG_SEND_FAST_ZERO)
 
 
 def _with_block_sizes(session: ClientSession, fields: codec.Fields) -> ClientSession:

@@ -8,15 +8,24 @@ Source: the NBD protocol document, section "Reply types".
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Collection, Iterator
+from struct import Struct
+from typing import Final, Protocol
 
 from nbdwire import constants as c
-from nbdwire.codec import CHUNK_ERROR, CHUNK_SIZE, EXTENT, HOLE, OFFSET, SIMPLE_REPLY_SIZE
+from nbdwire.codec import (
+    CHUNK_ERROR,
+    CHUNK_SIZE,
+    EXTENDED_CHUNK,
+    EXTENT,
+    EXTENT_EXT,
+    HOLE,
+    OFFSET,
+    SIMPLE_REPLY_SIZE,
+)
 from nbdwire.errors import ProtocolError, from_wire
 from nbdwire.extents import Extent
 from nbdwire.negotiate_client import printable
-from nbdwire.transport import Receiver
 
 MAX_PIECES: Final = 1 << 16
 """Disjoint pieces that a read may be in at one time: 32 MiB in sectors, every second one."""
@@ -24,8 +33,22 @@ MAX_PIECES: Final = 1 << 16
 MAX_ERRORS: Final = 1024
 """Error chunks in one reply."""
 
-_MAX_STATUS: Final = 4 + 8 * (1 << 20)  # the protocol's cap on descriptors in one chunk
+_CAP_EXTENTS: Final = 1 << 20  # the protocol's cap on descriptors in one chunk
+_ERROR_CAP: Final = CHUNK_ERROR.size + c.MAX_STRING + 64
 _ZEROES: Final = bytes(1 << 16)
+_BATCH: Final = 1 << 12  # descriptors that are parsed at a time
+
+
+class Source(Protocol):
+    """Where the bytes come from: `nbdwire.transport.Receiver`."""
+
+    def take(self, length: int) -> memoryview:
+        """The next ``length`` bytes (at most 64 KiB); valid until the next call."""
+        ...
+
+    def into(self, view: memoryview) -> None:
+        """Fill ``view`` with the next bytes."""
+        ...
 
 
 class Coverage:
@@ -66,16 +89,28 @@ class Coverage:
 class Pending:
     """A request that waits for its reply.
 
-    ``view`` takes the data of a READ. When ``done``, ``error`` is (errno, text) or None, and
-    ``status`` has the extents of each context id of a BLOCK_STATUS.
+    ``view`` takes the data of a READ, and ``contexts`` are the ids that a BLOCK_STATUS must answer.
+    When ``done``, ``error`` is (errno, text) or None, and ``status`` has the extents of each id.
+    ``then`` is called with it, without a lock, by the thread that has read the reply; also when
+    the connection fails before that comes (``lost``).
     """
 
     __slots__ = (
-        "cookie", "coverage", "done", "error", "errors", "kind", "leads", "length", "lost",
-        "offset", "status", "view", "waiting", "wake",
+        "contexts", "cookie", "coverage", "done", "error", "errors", "kind", "leads", "length",
+        "lost", "offset", "status", "then", "view", "waiting", "wake",
     )  # fmt: skip
 
-    def __init__(self, kind: int, offset: int, length: int, view: memoryview | None) -> None:
+    def __init__(
+        self,
+        kind: int,
+        offset: int,
+        length: int,
+        view: memoryview | None = None,
+        contexts: Collection[int] = (),
+        then: "Callable[[Pending], None] | None" = None,
+    ) -> None:
+        self.contexts = contexts
+        self.then = then
         self.cookie = 0
         self.kind = kind
         self.offset = offset
@@ -114,39 +149,53 @@ class Pending:
 
 
 class ReplyReader:
-    """Reads messages from ``receiver`` and applies each to the request with its cookie.
+    """Reads messages from ``source`` and applies each to the request with its cookie.
 
-    ``find`` returns the request in flight with a cookie, ``contexts`` are those negotiated.
+    ``find`` returns the request in flight with a cookie.
     """
 
-    __slots__ = ("_contexts", "_find", "_receiver", "_structured")
+    __slots__ = ("_extended", "_find", "_source", "_structured")
 
     def __init__(
         self,
-        receiver: Receiver,
+        source: Source,
         find: Callable[[int], Pending | None],
         structured: bool,
-        contexts: Mapping[int, str],
+        extended: bool = False,
     ) -> None:
-        self._receiver = receiver
+        self._source = source
         self._find = find
         self._structured = structured
-        self._contexts = contexts
+        self._extended = extended
 
     def read(self) -> Pending | None:
         """Read one message. Returns the request if its reply is complete now."""
-        head = self._receiver.take(SIMPLE_REPLY_SIZE)
+        if self._extended:
+            return self._read_extended()
+        head = self._source.take(SIMPLE_REPLY_SIZE)
         magic = int.from_bytes(head[:4])
         cookie = int.from_bytes(head[8:16])
         if magic == c.SIMPLE_REPLY_MAGIC:
             error = int.from_bytes(head[4:8])
             return self._simple(self._pending(cookie), error)
         if magic != c.STRUCTURED_REPLY_MAGIC or not self._structured:
-            raise ProtocolError(f"the server sent {magic:#010x} where a reply should begin")
+            raise _no_reply(magic)
         flags, kind = int.from_bytes(head[4:6]), int.from_bytes(head[6:8])
-        length = int.from_bytes(self._receiver.take(CHUNK_SIZE - SIMPLE_REPLY_SIZE))
+        length = int.from_bytes(self._source.take(CHUNK_SIZE - SIMPLE_REPLY_SIZE))
+        return self._chunk(self._pending(cookie), flags, kind, length)
+
+    def _read_extended(self) -> Pending | None:
+        head = EXTENDED_CHUNK.unpack(self._source.take(EXTENDED_CHUNK.size))
+        magic, flags, kind, cookie, offset, length = head
+        if magic != c.EXTENDED_REPLY_MAGIC:
+            raise _no_reply(magic)
         pending = self._pending(cookie)
-        self._chunk(pending, kind, length)
+        if offset != pending.offset:
+            raise ProtocolError(f"the server answers a request at {offset}, which nobody made")
+        return self._chunk(pending, flags, kind, length)
+
+    def _chunk(self, pending: Pending, flags: int, kind: int, length: int) -> Pending | None:
+        self._take_chunk(pending, kind, length)
         if flags & c.REPLY_FLAG_DONE:
             return self._finish(pending)
         if kind == c.REPLY_NONE:
@@ -166,7 +215,7 @@ class ReplyReader:
         if error:
             pending.fail(error)
         elif pending.view is not None:
-            self._receiver.into(pending.part(pending.offset, pending.length))
+            self._source.into(pending.part(pending.offset, pending.length))
         return pending
 
     def _finish(self, pending: Pending) -> Pending:
@@ -175,19 +224,19 @@ class ReplyReader:
                 pending.coverage.front != pending.offset + pending.length
             ):
                 raise ProtocolError("the server ended a read before all of it had come")
-            if pending.kind == c.CMD_BLOCK_STATUS and len(pending.status) < len(self._contexts):
+            if len(pending.status) < len(pending.contexts):
                 raise ProtocolError("the server left out the status of a metadata context")
         return pending
 
-    def _chunk(self, pending: Pending, kind: int, length: int) -> None:
+    def _take_chunk(self, pending: Pending, kind: int, length: int) -> None:
         if kind == c.REPLY_OFFSET_DATA:
             self._data(pending, length)
         elif kind == c.REPLY_OFFSET_HOLE:
             self._hole(pending, length)
         elif kind == c.REPLY_NONE:
             _check_length(kind, length, 0, 0)
-        elif kind == c.REPLY_BLOCK_STATUS:
-            self._status(pending, length)
+        elif kind == (c.REPLY_BLOCK_STATUS_EXT if self._extended else c.REPLY_BLOCK_STATUS):
+            self._status(pending, kind, length)
         elif kind & c.REPLY_FLAG_ERROR:
             self._error(pending, kind, length)
         else:
@@ -195,18 +244,18 @@ class ReplyReader:
 
     def _data(self, pending: Pending, length: int) -> None:
         _check_length(c.REPLY_OFFSET_DATA, length, 9, OFFSET.size + pending.length)
-        (offset,) = OFFSET.unpack(self._receiver.take(OFFSET.size))
-        self._receiver.into(pending.part(offset, length - OFFSET.size))
+        (offset,) = OFFSET.unpack(self._source.take(OFFSET.size))
+        self._source.into(pending.part(offset, length - OFFSET.size))
 
     def _hole(self, pending: Pending, length: int) -> None:
         _check_length(c.REPLY_OFFSET_HOLE, length, HOLE.size, HOLE.size)
-        offset, size = HOLE.unpack(self._receiver.take(HOLE.size))
+        offset, size = HOLE.unpack(self._source.take(HOLE.size))
         _clear(pending.part(offset, size))
 
     def _error(self, pending: Pending, kind: int, length: int) -> None:
         """An error chunk; one of an unknown type is laid out as the specification promises."""
-        _check_length(kind, length, CHUNK_ERROR.size, CHUNK_ERROR.size + c.MAX_STRING + 64)
-        payload = bytes(self._receiver.take(length))
+        _check_length(kind, length, CHUNK_ERROR.size, _ERROR_CAP)
+        payload = bytes(self._source.take(length))
         error, size = CHUNK_ERROR.unpack_from(payload)
         text = payload[CHUNK_ERROR.size : CHUNK_ERROR.size + size]
         rest = len(payload) - CHUNK_ERROR.size - size
@@ -220,18 +269,32 @@ class ReplyReader:
                 raise ProtocolError(f"the server reports an error at {offset}, outside the request")
         pending.fail(error, text)
 
-    def _status(self, pending: Pending, length: int) -> None:
-        _check_length(c.REPLY_BLOCK_STATUS, length, 12, _MAX_STATUS)
-        if length % EXTENT.size != 4:
+    def _status(self, pending: Pending, kind: int, length: int) -> None:
+        entry, head = (EXTENT_EXT, 8) if self._extended else (EXTENT, 4)
+        _check_length(kind, length, head + entry.size, head + entry.size * _CAP_EXTENTS)
+        count, rest = divmod(length - head, entry.size)
+        number = int.from_bytes(self._source.take(4))
+        if rest or (self._extended and int.from_bytes(self._source.take(4)) != count):
             raise ProtocolError(f"a block status chunk cannot have {length} bytes")
-        number = int.from_bytes(self._receiver.take(4))
         if pending.kind != c.CMD_BLOCK_STATUS:
             raise ProtocolError("the server sent block status for a request that asks for none")
-        if number not in self._contexts or number in pending.status:
+        if number not in pending.contexts or number in pending.status:
             raise ProtocolError(f"the server sent block status for context {number}: not expected")
-        payload = bytearray(length - 4)
-        self._receiver.into(memoryview(payload))
-        pending.status[number] = _parse_extents(payload, pending.offset, pending.length)
+        extents = self._extents(entry, count)
+        pending.status[number] = _collect(extents, pending.offset, pending.length)
+        for _ in extents:  # what nobody wants is read all the same
+            pass
+
+    def _extents(self, entry: Struct, count: int) -> Iterator[tuple[int, int]]:
+        """(length, status) of ``count`` descriptors, of which few are in memory at a time."""
+        while count:
+            batch = min(count, _BATCH)
+            count -= batch
+            yield from entry.iter_unpack(bytes(self._source.take(batch * entry.size)))
+
+
+def _no_reply(magic: int) -> ProtocolError:
+    return ProtocolError(f"the server sent {magic:#010x} where a reply should begin")
 
 
 def _check_length(kind: int, length: int, least: int, most: int) -> None:
@@ -239,7 +302,7 @@ def _check_length(kind: int, length: int, least: int, most: int) -> None:
         raise ProtocolError(f"the server sent a chunk of type {kind:#x} with {length} bytes")
 
 
-def _parse_extents(payload: bytearray, offset: int, length: int) -> list[Extent]:
+def _collect(extents: Iterator[tuple[int, int]], offset: int, length: int) -> list[Extent]:
     """The descriptors as extents, neighbours of equal status joined, up to the request's end.
 
     The last of a reply may run past it. No more than MAX_EXTENTS are kept: a shorter list is as
@@ -248,7 +311,7 @@ def _parse_extents(payload: bytearray, offset: int, length: int) -> list[Extent]
     found: list[Extent] = []
     end, start, status = offset + length, offset, -1
     position = offset
-    for size, flags in EXTENT.iter_unpack(payload):
+    for size, flags in extents:
         if not size:
             raise ProtocolError("the server sent an extent of no length")
         if flags != status:

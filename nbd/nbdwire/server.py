@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server: exports by name, listeners, and the clients that are connected."""
 
-import contextlib
 import errno
 import logging
-import os
-import select
 import socket
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from struct import Struct
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, Literal, Unpack
 
-from nbdwire.connection import HANDSHAKE_SECONDS, Connection, ServedExport
-from nbdwire.export import Export, ExtentsFunction, SupportsSessions
-from nbdwire.negotiate import ExportInfo
+from nbdwire.access import Rule, as_rules, peer_of
+from nbdwire.catalogue import Terms
+from nbdwire.connection import HANDSHAKE_SECONDS, Connection, House
+from nbdwire.errors import URIError
+from nbdwire.exports import Exports, OnExport
+from nbdwire.idle import IdleWatch
+from nbdwire.limits import Budget, Keepalive
+from nbdwire.listeners import Listener, Where
+from nbdwire.places import Places
+from nbdwire.served import Exportable, Offer, serve
 from nbdwire.uri import NBDURI, parse
+
+if TYPE_CHECKING:
+    from nbdwire.tls import ServerTLS
 
 log = logging.getLogger(__name__)
 
-BACKLOG: Final = 128
 MAX_CONNECTIONS: Final = 1024
+MAX_HANDSHAKES: Final = 256
+MAX_BYTES_IN_FLIGHT: Final = 512 << 20
 STOP_SECONDS: Final = 5.0
-_CREDENTIALS: Final = Struct("=iII")  # struct ucred: pid, uid, gid
+LINGER_SECONDS: Final = 0.1
+
+Access = Rule | Sequence[Rule] | None
 
 
 class Server:
@@ -35,170 +43,233 @@ class Server:
     >>> server.add("disk0", node)                          # doctest: +SKIP
     >>> server.listen("nbd+unix:///?socket=/run/x.sock")   # doctest: +SKIP
 
-    ``default`` names the export that a client gets which asks for the empty name. All methods may
-    be called from any thread and while clients are connected. At most ``max_connections`` clients
-    are served at once, those that are still in the handshake included; a client that has chosen no
-    export after ``handshake_seconds`` is hung up.
+    With ``uri`` it listens there from the start. ``default`` names the export that a client gets
+    which asks for the empty name. All methods may be called from any thread and while clients are
+    connected.
+
+    Limits: ``max_connections`` clients use exports at once (one more is told so and hung up),
+    ``max_handshakes`` others have not chosen one yet (the oldest of these makes room for a new
+    one) and have ``handshake_seconds`` for it, TLS included. Buffers above 1 MiB take
+    ``max_bytes_in_flight`` together: a client for whose request that does not suffice waits.
+    ``idle_seconds``: who asks for nothing so long is hung up (None: nobody is). ``keepalive`` is
+    TCP's (None: off).
+
+    ``tls`` is for all listeners that have none of their own. ``hide_exports``: no client is told
+    what there is, and who may not use an export is told that there is none. ``on_export`` is called
+    when a client asks for a name that was not added (never before it names an export, and never
+    twice at once for the same name) and returns what it shall get, or None; when the last such
+    client leaves, the export's ``close`` is called, if it has one.
     """
 
     def __init__(
         self,
+        uri: str | NBDURI | None = None,
         *,
         default: str | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        max_handshakes: int = MAX_HANDSHAKES,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+        idle_seconds: float | None = None,
+        keepalive: Keepalive | None = Keepalive(),  # noqa: B008 (it is frozen)
+        tls: "ServerTLS | None" = None,
+        hide_exports: bool = False,
+        on_export: OnExport | None = None,
     ) -> None:
         self.default = default
-        self._max_connections = max_connections
-        self._handshake_seconds = handshake_seconds
-        self._exports: dict[str, ServedExport] = {}
-        self._listeners: list[_Listener] = []
-        self._connections: set[Connection] = set()
+        self._tls = tls
+        self._hide_exports = hide_exports
         self._lock = threading.Lock()
-        self._turn = threading.Lock()  # of the connections: see nbdwire.lookout
+        self._listeners: list[Listener] = []
+        self._connections: set[Connection] = set()
         self._stopping = False
+        self._places: Places[Connection] = Places(max_connections, max_handshakes)
+        self._exports = Exports(on_export)
+        self._house = House(
+            exports=self._exports,
+            places=self._places,
+            budget=Budget(max_bytes_in_flight),
+            left=self._left,
+            handshake_seconds=handshake_seconds,
+            keepalive=keepalive,
+        )
+        self._idle = IdleWatch(idle_seconds, self._everybody) if idle_seconds is not None else None
+        if uri is not None:
+            self.listen(uri)
 
     # Exports
 
-    def add(
-        self,
-        name: str,
-        export: Export | SupportsSessions,
-        *,
-        description: str = "",
-        contexts: Mapping[str, ExtentsFunction] | None = None,
-    ) -> None:
-        """Offer ``export`` under ``name``; ValueError if the name is taken or too long."""
-        if len(name.encode()) > 4096 or "\0" in name:
-            raise ValueError("an export name has at most 4096 bytes and no NUL")
-        served = ServedExport(
-            name=name,
-            export=export,
-            size=export.size,  # type: ignore[union-attr]
-            read_only=export.read_only,  # type: ignore[union-attr]
-            blocking=getattr(export, "blocking", False),
-            description=description,
-            contexts=dict(contexts or {}),
-        )
-        with self._lock:
-            if name in self._exports:
-                raise ValueError(f"there is an export named {name!r} already")
-            self._exports[name] = served
+    def add(self, name: str, export: Exportable, **offer: Unpack[Offer]) -> None:
+        """Offer ``export`` under ``name``; ValueError if the name is taken or too long.
 
-    def remove(self, name: str, timeout: float = STOP_SECONDS) -> None:
-        """Take the export away and hang up its clients. On return nobody is inside of it.
-
-        KeyError if there is none of that name; TimeoutError if a client's request does not end
-        within ``timeout`` seconds (the export is gone from the list all the same).
+        What else can be said of it (``description``, ``contexts``, ``read_only``, block sizes,
+        ``access``, ``tls_required``) is listed at `nbdwire.served.Offer`. One export may be offered
+        under several names.
         """
-        with self._lock:
-            del self._exports[name]
-            users = [conn for conn in self._connections if conn.export == name]
+        self._exports.add(serve(name, export, **offer))
+
+    def remove(self, name: str, *, hard: bool = True, timeout: float = STOP_SECONDS) -> None:
+        """Take the export away. On return nobody is inside of it.
+
+        ``hard`` answers what its clients have asked and hangs them up; otherwise BusyError if there
+        are any. KeyError if there is no export of that name; TimeoutError if a client's request
+        does not end within ``timeout`` seconds (the export is gone from the list all the same).
+        """
+        self._exports.remove(name, (lambda: 0) if hard else (lambda: self.clients(name)))
+        users = [conn for conn in self._everybody() if conn.export == name]
         self._hang_up(users, timeout, f"export {name!r}")
 
     @property
     def exports(self) -> list[str]:
         """The names on offer."""
-        return list(self._exports)
+        return [served.name for served in self._exports.all()]
 
     def clients(self, name: str | None = None) -> int:
         """How many clients are connected, to the export ``name`` or in all."""
-        with self._lock:
-            return sum(1 for conn in self._connections if name is None or conn.export == name)
-
-    def listing(self) -> list[tuple[str, str]]:
-        """For `nbdwire.negotiate.Catalog`: (name, description) of every export."""
-        return [(served.name, served.description) for served in list(self._exports.values())]
-
-    def lookup(self, name: str) -> ExportInfo | None:
-        """For `nbdwire.negotiate.Catalog`: the export of that name; "" is the default one."""
-        served = self._exports.get(name)
-        if served is None and name == "" and self.default is not None:
-            served = self._exports.get(self.default)
-        return served.info() if served is not None else None
+        return sum(1 for conn in self._everybody() if name is None or conn.export == name)
 
     # Listeners
 
-    def listen(self, uri: str | NBDURI) -> NBDURI:
-        """Accept clients at ``uri``; its export name does not matter. OSError if it cannot be had.
+    def listen(
+        self,
+        where: Where,
+        *,
+        tls: "ServerTLS | Literal[False] | None" = None,
+        access: Access = None,
+        exports: Collection[str] | None = None,
+        default: str | None = None,
+    ) -> NBDURI:
+        """Accept clients at ``where``: a URI, or a bound socket or its descriptor (now ours).
+
+        ``tls`` replaces the server's (False: none here); an ``nbds`` URI makes it required.
+        ``access`` are the rules for this listener's clients (`nbdwire.access`), ``exports`` the
+        names that are to be had here, ``default`` the one behind the empty name.
 
         Returns the address as it is now: port 0 has become the port that the system chose. A socket
-        file that nobody listens on any more is replaced.
+        file that nobody listens on any more is replaced. OSError if the address cannot be had,
+        URIError for an ``nbds`` URI without ``tls``.
         """
-        where = parse(uri) if isinstance(uri, str) else uri
-        listener = _Listener(where, self._accepted)
+        where = parse(where) if isinstance(where, str) else where
+        required = isinstance(where, NBDURI) and where.tls
+        terms = self._terms(tls, access, exports, default, required=required)
+        listener = Listener(where, lambda sock, address: self._accepted(sock, address, terms))
+        if terms.mode == "required":
+            listener.uri = replace(listener.uri, tls=True)
         with self._lock:
             stopping = self._stopping
             if not stopping:
                 self._listeners.append(listener)
-                listener.thread.start()
+                listener.start()
         if stopping:
             listener.close()
             raise OSError(errno.ESHUTDOWN, "the server has been stopped")
         return listener.uri
+
+    def serve_socket(
+        self,
+        sock: socket.socket,
+        *,
+        tls: "ServerTLS | Literal[False] | None" = None,
+        access: Access = None,
+        exports: Collection[str] | None = None,
+        default: str | None = None,
+    ) -> None:
+        """Serve the client at the other end of a connected socket, which is now the server's.
+
+        For a `socket.socketpair`, or one that a service manager accepted. Parameters as `listen`.
+        """
+        terms = self._terms(tls, access, exports, default)
+        sock.setblocking(True)
+        self._accepted(sock, _peer_address(sock), terms)
+
+    def _terms(
+        self,
+        tls: "ServerTLS | Literal[False] | None",
+        access: Access,
+        exports: Collection[str] | None,
+        default: str | None,
+        *,
+        required: bool = False,
+    ) -> Terms:
+        chosen = None if tls is False else tls or self._tls
+        if required and (chosen is None or chosen.mode == "off"):
+            raise URIError("an nbds URI needs tls=ServerTLS(...) to listen there")
+        mode = "off" if chosen is None else chosen.mode
+        return Terms(
+            mode="required" if required else mode,
+            tls=chosen,
+            access=as_rules(access),
+            exports=None if exports is None else frozenset(exports),
+            default=default if default is not None else self.default,
+            hidden=self._hide_exports,
+        )
 
     @property
     def listeners(self) -> list[NBDURI]:
         """Where clients are accepted."""
         return [listener.uri for listener in self._listeners]
 
-    def _accepted(self, sock: socket.socket, peer: str) -> None:
-        conn = Connection(
-            sock, peer, self, self._enter, self._leave, self._turn, self._handshake_seconds
-        )
-        with self._lock:
-            full = self._stopping or len(self._connections) >= self._max_connections
-            if not full:
-                self._connections.add(conn)
-        if full:
-            log.warning("refused peer=%s: %d clients are connected", peer, self._max_connections)
+    # Connections
+
+    def _accepted(self, sock: socket.socket, address: object, terms: Terms) -> None:
+        try:
+            conn = Connection(sock, peer_of(sock, address), terms, self._house)
+        except OSError:  # it is gone already
             sock.close()
             return
+        with self._lock:
+            if self._stopping:
+                sock.close()
+                return
+            self._connections.add(conn)
+        oldest = self._places.arrive(conn, conn.peer.origin)
+        if oldest is not None:
+            oldest.hang_up(why="too many clients chose no export, and it was the first of them")
         try:
             conn.thread.start()
         except RuntimeError:  # the listener must outlive it
-            log.warning("refused peer=%s: the system has no thread to spare", peer)
-            self._leave(conn)
-            sock.close()
+            log.warning("refused peer=%s: the system has no thread to spare", conn.peer)
+            conn.close()
 
-    def _enter(self, conn: Connection, name: str) -> ServedExport | None:
-        """The client has chosen an export; None if that is gone by now."""
-        with self._lock:
-            served = self._exports.get(name)
-            if served is not None:
-                conn.export = name
-            return served
-
-    def _leave(self, conn: Connection) -> None:
+    def _left(self, conn: Connection) -> None:
         with self._lock:
             self._connections.discard(conn)
+
+    def _everybody(self) -> list[Connection]:
+        with self._lock:
+            return list(self._connections)
 
     # The end
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """Accept nobody, answer what has been received, hang up. Bounded by ``timeout`` seconds.
 
-        TimeoutError if a request does not end in time (its storage hangs). Idempotent.
+        Requests that come late get ESHUTDOWN. TimeoutError if a request does not end in time (its
+        storage hangs). Idempotent.
         """
         with self._lock:
             self._stopping = True
             listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.close()
-        with self._lock:
-            everybody = list(self._connections)
-        self._hang_up(everybody, timeout, "the server")
+        if self._idle is not None:
+            self._idle.stop()
+        self._hang_up(self._everybody(), timeout, "the server")
 
     def _hang_up(self, connections: Iterable[Connection], timeout: float, what: str) -> None:
-        """First let them answer what they have read; half of the time later cut them off."""
+        """Let them answer what they have read; half of the time later cut them off.
+
+        For a moment in between they go on reading, to tell ESHUTDOWN to those who still ask.
+        """
         waiting = [conn for conn in connections if conn.thread is not threading.current_thread()]
-        deadline = time.monotonic() + timeout
-        for how, until in ((socket.SHUT_RD, deadline - timeout / 2), (socket.SHUT_RDWR, deadline)):
+        now = time.monotonic()
+        for conn in waiting:
+            conn.stopping.set()
+        waiting = _join(waiting, now + min(LINGER_SECONDS, timeout / 4))
+        for how, until in ((socket.SHUT_RD, timeout / 2), (socket.SHUT_RDWR, timeout)):
             for conn in waiting:
-                conn.hang_up(how)
-            for conn in waiting:
-                conn.thread.join(max(0.0, until - time.monotonic()))
-            waiting = [conn for conn in waiting if conn.thread.is_alive()]
+                conn.hang_up(how, f"{what} was stopped")
+            waiting = _join(waiting, now + until)
         if waiting:
             raise TimeoutError(f"{what}: requests of {len(waiting)} clients do not end")
 
@@ -209,114 +280,13 @@ class Server:
         self.stop()
 
 
-class _Listener:
-    """A listening socket and the thread that accepts from it."""
-
-    def __init__(self, uri: NBDURI, accepted: Callable[[socket.socket, str], None]) -> None:
-        self._sock = _bind(uri)
-        self._accepted = accepted
-        self._wake, self._alarm = socket.socketpair()
-        self._file = None if not uri.socket else _identity(uri.socket)
-        self.uri = replace(uri, port=self._sock.getsockname()[1]) if not uri.socket else uri
-        self.thread = threading.Thread(target=self._run, name="nbd-accept", daemon=True)
-
-    def _run(self) -> None:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._wake.fileno() in ready:
-                return
-            try:
-                sock, address = self._sock.accept()
-            except OSError as problem:
-                if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    log.warning("cannot accept a client: %s", problem.strerror)
-                    time.sleep(0.1)  # the client stays in the backlog meanwhile
-                continue
-            sock.setblocking(True)
-            self._accepted(sock, _peer_name(sock, address))
-
-    def close(self) -> None:
-        """Stop to accept; the socket file goes, unless somebody has put another in its place."""
-        self._alarm.close()
-        if self.thread.ident is not None:
-            self.thread.join()
-        self._sock.close()
-        self._wake.close()
-        if self._file is not None and _identity(self.uri.socket) == self._file:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.uri.socket)
+def _join(connections: Iterable[Connection], until: float) -> list[Connection]:
+    """Wait for their threads; those that are still there at ``until`` (`time.monotonic`)."""
+    connections = list(connections)
+    for conn in connections:
+        conn.thread.join(max(0.0, until - time.monotonic()))
+    return [conn for conn in connections if conn.thread.is_alive()]
 
 
-def _bind(uri: NBDURI) -> socket.socket:
-    if uri.socket:
-        return _bind_unix(uri.socket)
-    found = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
-    for family, _, _, _, address in found[:-1]:
-        try:
-            return _bind_tcp(family, address)
-        except OSError as problem:
-            # localhost is often ::1 first, also where there is no IPv6.
-            if problem.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise
-    return _bind_tcp(found[-1][0], found[-1][4])
-
-
-def _bind_tcp(family: int, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
-
-
-def _bind_unix(path: str) -> socket.socket:
-    """A file that a killed server left behind is replaced; anything else is EADDRINUSE."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        if _is_stale(path):
-            os.unlink(path)
-        sock.bind(path)
-        sock.listen(BACKLOG)
-    except OSError as problem:
-        sock.close()
-        number = problem.errno or errno.EINVAL
-        raise OSError(number, problem.strerror or str(problem), path) from problem
-    sock.setblocking(False)
-    return sock
-
-
-def _is_stale(path: str) -> bool:
-    if path.startswith("\0"):  # the abstract name space has no files
-        return False
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return False
-    except FileNotFoundError:
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a server that is too busy to accept is alive all the same
-        return probe.connect_ex(path) == errno.ECONNREFUSED
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _peer_name(sock: socket.socket, address: object) -> str:
-    if sock.family != socket.AF_UNIX:
-        return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(raw)
-    return f"unix:pid={pid},uid={uid}"
+def _peer_address(sock: socket.socket) -> object:
+    return sock.getpeername() if sock.family != socket.AF_UNIX else ""

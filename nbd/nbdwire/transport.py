@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets: connect them, and move exact numbers of bytes through them.
+"""Streams: connect them, run handshakes on them, and move exact numbers of bytes through them.
 
 A peer that went away, by a reset as well as by an orderly end, is ConnectionClosed.
 """
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import time
-from collections.abc import Generator
-from typing import Final, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 from nbdwire.errors import ConnectionClosed, URIError
+from nbdwire.handshake import Handshake, Upgrade
 from nbdwire.uri import NBDURI
 
 T = TypeVar("T")
@@ -22,17 +24,54 @@ _IOV_MAX: Final = 1024
 _GONE: Final = "the peer closed the connection"
 
 
-def recv_exact_into(sock: socket.socket, view: memoryview) -> None:
+class Stream(Protocol):
+    """What a connection is read from and written to: a socket, or a `nbdwire.tls.TLSStream`.
+
+    The methods are those of `socket.socket`, for memoryviews of bytes. A stream that is not a
+    socket also has ``secure`` (nobody else can read or change what passes) and ``can_sendfile``
+    (whether ``os.sendfile`` to its ``fileno()`` is as good as ``sendall``).
+    """
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0, /) -> int:
+        """Receive up to ``nbytes`` (0: the view's length); 0 at the end."""
+
+    def sendall(self, data: Buffer, flags: int = 0, /) -> None:
+        """Send all of it."""
+
+    def sendmsg(self, buffers: Iterable[Buffer], /) -> int:
+        """Send the buffers in order; how many of the bytes were taken."""
+
+    def fileno(self) -> int:
+        """The descriptor, -1 when closed."""
+
+    def shutdown(self, how: int, /) -> None:
+        """As that of a socket; it wakes a thread that receives."""
+
+    def settimeout(self, value: float | None, /) -> None:
+        """Seconds that each call may take; None: for ever."""
+
+    def close(self) -> None:
+        """Close it, with the good-bye that the stream's kind asks for."""
+
+    @property
+    def family(self) -> int:
+        """AF_INET and so on."""
+
+
+Upgrader: TypeAlias = Callable[[socket.socket], Stream]
+"""Makes a socket TLS. The socket's time limit is what is left for it."""
+
+
+def recv_exact_into(sock: Stream, view: memoryview) -> None:
     """Fill ``view`` (bytes) from a blocking socket."""
     done, length = 0, len(view)
-    while done < length:
-        received = _recv_some(sock, view[done:])
-        done += received
+    while done < length:  # WAITALL: one system call where a large view would take many
+        done += _recv_some(sock, view[done:], socket.MSG_WAITALL)
 
 
-def _recv_some(sock: socket.socket, view: memoryview) -> int:
+def _recv_some(sock: Stream, view: memoryview, flags: int = 0) -> int:
     try:
-        received = sock.recv_into(view)
+        received = sock.recv_into(view, 0, flags)
     except ConnectionError as error:
         raise ConnectionClosed(f"{_GONE} ({error.strerror})") from error
     if not received:
@@ -40,7 +79,7 @@ def _recv_some(sock: socket.socket, view: memoryview) -> int:
     return received
 
 
-def send_all(sock: socket.socket, *buffers: Buffer) -> None:
+def send_all(sock: Stream, *buffers: Buffer) -> None:
     """Send all ``buffers`` (of bytes), in order, without joining them first."""
     try:
         if len(buffers) == 1:
@@ -51,7 +90,7 @@ def send_all(sock: socket.socket, *buffers: Buffer) -> None:
         raise ConnectionClosed(f"{_GONE} ({error.strerror})") from error
 
 
-def _send_many(sock: socket.socket, views: list[memoryview]) -> None:
+def _send_many(sock: Stream, views: list[memoryview]) -> None:
     first = 0
     while first < len(views):
         sent = sock.sendmsg(views[first : first + _IOV_MAX])
@@ -67,7 +106,7 @@ class Receiver:
 
     __slots__ = ("_buffer", "_sock", "_start", "_stop")
 
-    def __init__(self, sock: socket.socket, size: int = 1 << 16) -> None:
+    def __init__(self, sock: Stream, size: int = 1 << 16) -> None:
         self._sock = sock
         self._buffer = memoryview(bytearray(size))
         self._start = self._stop = 0
@@ -96,44 +135,92 @@ class Receiver:
             recv_exact_into(self._sock, view[ready:])
 
 
-def run_handshake(
-    sock: socket.socket, handshake: Generator[int | bytes, bytes, T], deadline: float | None
-) -> T:
-    """Run a handshake of `nbdwire.negotiate` on a socket, and return its result.
+def run_handshake(sock: Stream, handshake: Handshake[T], deadline: float | None) -> T:
+    """Run a handshake that stays as it is, plain or TLS, and return its result: see `establish`."""
+    return _to_its_end(sock, handshake, deadline, _no_upgrade)[0]
 
-    ``deadline`` (`time.monotonic`; None: never) is for the whole of it, however slowly the peer
-    dribbles; ConnectionClosed when it has passed. Afterwards the socket has no time limit.
+
+def establish(
+    sock: socket.socket,
+    handshake: Handshake[T],
+    deadline: float | None,
+    upgrade: Upgrader | None = None,
+) -> tuple[T, Stream]:
+    """Run a handshake of `nbdwire.negotiate` or `nbdwire.negotiate_client` on a socket.
+
+    Returns its result and the stream to go on with: the one that ``upgrade`` made if the handshake
+    turned to TLS, else ``sock``. ``deadline`` (`time.monotonic`; None: never) is for the whole of
+    it, TLS included, however slowly the peer dribbles; ConnectionClosed when it has passed.
+    Afterwards the stream has no time limit.
+
+    Nothing that came in plain text is acted upon inside TLS (CVE-2021-3716): we receive exactly
+    what a message of the handshake needs and keep nothing, so what somebody injected behind
+    STARTTLS, or behind its acknowledgement, is read by the TLS handshake, which fails on it.
     """
+    return _to_its_end(sock, handshake, deadline, upgrade or _no_upgrade)
+
+
+def _no_upgrade(_: socket.socket) -> Stream:
+    raise ValueError("the handshake turns to TLS, and the caller gave no way to do so")
+
+
+def _to_its_end(
+    sock: Stream, handshake: Handshake[T], deadline: float | None, upgrade: Upgrader
+) -> tuple[T, Stream]:
+    driver = _Driver(sock, deadline, upgrade)
     try:
-        return _run(sock, handshake, deadline)
+        return driver.run(handshake), driver.stream
     except TimeoutError:
+        driver.abort()
         raise ConnectionClosed("the peer did not complete the handshake in time") from None
+    except BaseException:
+        driver.abort()
+        raise
     finally:
         handshake.close()
-        if sock.fileno() >= 0:
-            sock.settimeout(None)
+        if driver.stream.fileno() >= 0:
+            driver.stream.settimeout(None)
 
 
-def _run(
-    sock: socket.socket, handshake: Generator[int | bytes, bytes, T], deadline: float | None
-) -> T:
-    answer = b""
-    try:
-        wanted = next(handshake)
-        while True:
-            if isinstance(wanted, int):
-                answer = _recv_by(sock, wanted, deadline)
-            else:
-                _limit(sock, deadline)
-                send_all(sock, wanted)
-                answer = b""
-            wanted = handshake.send(answer)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
+class _Driver:
+    """Does what a handshake yields."""
+
+    def __init__(self, stream: Stream, deadline: float | None, upgrade: Upgrader) -> None:
+        self.stream = stream
+        self._deadline = deadline
+        self._upgrade = upgrade
+
+    def run(self, handshake: Handshake[T]) -> T:
+        answer = b""
+        try:
+            wanted = next(handshake)
+            while True:
+                answer = self._do(wanted)
+                wanted = handshake.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def _do(self, wanted: int | bytes | Upgrade) -> bytes:
+        if isinstance(wanted, int):
+            return _recv_by(self.stream, wanted, self._deadline)
+        _limit(self.stream, self._deadline)
+        if isinstance(wanted, bytes):
+            send_all(self.stream, wanted)
+        elif isinstance(self.stream, socket.socket):
+            self.stream = self._upgrade(self.stream)
+        else:
+            raise ValueError("the handshake turns to TLS for the second time")
+        return b""
+
+    def abort(self) -> None:
+        """A failure inside TLS: end that in good order. The socket is the caller's to close."""
+        if not isinstance(self.stream, socket.socket):
+            with contextlib.suppress(OSError):
+                self.stream.shutdown(socket.SHUT_WR)
 
 
-def _recv_by(sock: socket.socket, length: int, deadline: float | None) -> bytes:
+def _recv_by(sock: Stream, length: int, deadline: float | None) -> bytes:
     data = bytearray(length)
     view, done = memoryview(data), 0
     while done < length:
@@ -142,7 +229,7 @@ def _recv_by(sock: socket.socket, length: int, deadline: float | None) -> bytes:
     return bytes(data)
 
 
-def _limit(sock: socket.socket, deadline: float | None) -> None:
+def _limit(sock: Stream, deadline: float | None) -> None:
     if deadline is not None:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -150,14 +237,17 @@ def _limit(sock: socket.socket, deadline: float | None) -> None:
         sock.settimeout(left)
 
 
-def connect_socket(uri: NBDURI, timeout: float | None = None) -> socket.socket:
+def connect_socket(
+    uri: NBDURI, timeout: float | None = None, *, upgraded: bool = False
+) -> socket.socket:
     """A blocking socket that is connected to the server which ``uri`` names.
 
-    ``timeout`` is in seconds. URIError: this needs something that we do not do yet. OSError: no
-    connection; the text tells to whom.
+    ``timeout`` is in seconds. An nbds URI must never be spoken to in plain text, so a
+    caller that connects to one says with ``upgraded`` that it turns to TLS; URIError otherwise.
+    OSError: no connection; the text tells to whom.
     """
-    if uri.tls:
-        raise URIError(f"{uri}: TLS is not supported yet; use an nbd:// or nbd+unix:// URI")
+    if uri.tls and not upgraded:
+        raise URIError(f"{uri}: this operation does not use TLS; give an nbd or nbd+unix URI")
     try:
         if uri.socket:
             return _connect_unix(uri.socket, timeout)

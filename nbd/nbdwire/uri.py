@@ -2,7 +2,7 @@
 """NBD URIs: ``nbd://host/export``, ``nbd+unix:///export?socket=PATH`` and their relatives.
 
 Source: "The NBD Uniform Resource Indicator (URI) format" (doc/uri.md of the NBD project), and
-libnbd's ``nbd+vsock`` and ``nbds+vsock``.
+libnbd's ``nbd+vsock``, ``nbds+vsock``, ``tls-certificates`` and ``tls-psk-file``.
 """
 
 import os
@@ -23,6 +23,13 @@ _AUTHORITY: Final = re.compile(
 )
 _BAD_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
+_PARAMS: Final[dict[str, tuple[str, ...]]] = {  # and what they may be; (): anything
+    "tls-type": ("anon", "x509", "psk"),
+    "tls-verify-peer": ("0", "1", "false", "true"),
+    "tls-hostname": (),
+    "tls-certificates": (),
+    "tls-psk-file": (),
+}
 _VSOCK_HOST: Final = "2"  # VMADDR_CID_HOST
 
 
@@ -56,6 +63,14 @@ class NBDURI:
         return NBDURI(
             self.host, self.port, self.socket, name, self.tls, self.params, self.user, self.vsock
         )
+
+    def param(self, name: str) -> str | None:
+        """The value of the query's parameter ``name``; None if it is not there.
+
+        ``tls-type`` (anon, x509 or psk), ``tls-verify-peer`` (0 or 1), ``tls-hostname``,
+        ``tls-certificates`` (a directory) and ``tls-psk-file`` say how TLS is to be done.
+        """
+        return dict(self.params).get(name)
 
     def __str__(self) -> str:
         query = [("socket", self.socket)] if self.socket else []
@@ -92,6 +107,7 @@ def parse(text: str) -> NBDURI:
         export = _decode_name(match["path"] or "")
         socket, params = _split_query(match["query"] or "")
         _check_kind(kind, host, port, socket)
+        _check_params(params)
     except URIError as error:
         raise URIError(f"{text!r}: {error}") from None
     if kind == "vsock":
@@ -130,6 +146,19 @@ def _check_kind(kind: str, host: str, port: int, socket: str) -> None:
         raise URIError("the socket is missing; write nbd+unix:///export?socket=PATH")
     if kind != "unix" and socket:
         raise URIError("only nbd+unix and nbds+unix take a socket")
+
+
+def _check_params(params: tuple[tuple[str, str], ...]) -> None:
+    """Unknown ones are for others; a mistake in what decides about security is told."""
+    names = [name for name, _ in params if name in _PARAMS]
+    if len(set(names)) < len(names):
+        raise URIError("it has a tls parameter twice")
+    for name, value in params:
+        allowed = _PARAMS.get(name)
+        if name in _PARAMS and not value:
+            raise URIError(f"{name} has no value")
+        if allowed and value not in allowed:
+            raise URIError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
 
 
 def _context_id(host: str) -> str:

@@ -21,6 +21,7 @@ NAMES = ("read", "write", "disc", "flush", "trim", "cache", "zeroes", "status")
 
 NONE, DATA, HOLE, BLOCK_STATUS = 0, 1, 2, 5
 ERROR = 0x8001
+ERROR_OFFSET = 0x8002
 
 MAGIC = 0x25609513
 _REQUEST = struct.Struct(">IHHQQI")
@@ -203,10 +204,10 @@ class Raw:
             chunk = Chunk(flags, kind, self.take(length))
             _check_chunk(chunk)
             reply.chunks.append(chunk)
-            if chunk.kind == ERROR:
+            if chunk.kind in (ERROR, ERROR_OFFSET):
                 reply.error, size = struct.unpack(">IH", chunk.payload[:6])
-                assert len(chunk.payload) == 6 + size
-                reply.message = chunk.payload[6:].decode()
+                assert len(chunk.payload) == 6 + size + 8 * (chunk.kind == ERROR_OFFSET)
+                reply.message = chunk.payload[6 : 6 + size].decode()
             if chunk.done:
                 self._reads.pop(cookie, 0)
                 return reply
@@ -229,8 +230,8 @@ def _check_chunk(chunk: Chunk) -> None:
         assert len(chunk.payload) >= 12
         assert len(chunk.payload) % 8 == 4
     else:
-        assert chunk.kind == ERROR
-        assert len(chunk.payload) >= 6
+        assert chunk.kind in (ERROR, ERROR_OFFSET)
+        assert len(chunk.payload) >= (6 if chunk.kind == ERROR else 14)
 
 
 def open_socket(where: NBDURI) -> socket.socket:
@@ -250,7 +251,8 @@ def connected(
 ) -> Iterator[Raw]:
     sock = open_socket(where)
     try:
-        session = run_handshake(sock, client_handshake(export, contexts, structured), None)
+        handshake = client_handshake(export, contexts, structured, extended=False)
+        session = run_handshake(sock, handshake, None)
         sock.settimeout(SECONDS)
         yield Raw(sock, session)
     finally:

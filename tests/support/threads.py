@@ -12,9 +12,9 @@ T = TypeVar("T")
 SECONDS = 20.0
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Give way to other threads until ``condition`` holds; AssertionError after 20 s."""
-    deadline = time.monotonic() + SECONDS
+def wait_until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
+    """Give way to other threads until ``condition`` holds; AssertionError after ``seconds``."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0)

@@ -32,7 +32,7 @@ def uri(tmp_path: Path) -> Iterator[str]:
     [
         ("http://example.com/", UsageError),
         ("not a uri", UsageError),
-        ("nbds://127.0.0.1/disk", UsageError),
+        ("nbds://127.0.0.1:1/disk", ImageError),
         ("nbd+unix:///?socket=/nowhere/at/all", ImageError),
         ("nbd://127.0.0.1:1/", ImageError),
     ],

@@ -3,8 +3,8 @@
 import errno
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,73 +18,19 @@ from nbdwire.extents import Extent
 from nbdwire.negotiate_client import ClientSession
 from nbdwire.transport import recv_exact_into
 from nbdwire.uri import NBDURI
-
-ALL = (
-    c.TFLAG_HAS_FLAGS
-    | c.TFLAG_SEND_FLUSH
-    | c.TFLAG_SEND_FUA
-    | c.TFLAG_SEND_TRIM
-    | c.TFLAG_SEND_WRITE_ZEROES
-    | c.TFLAG_SEND_FAST_ZERO
-    | c.TFLAG_SEND_CACHE
+from tests.support.scripted import (
+    ALL,
+    BASE,
+    DIRTY,
+    PLAIN,
+    SIZE,
+    STRUCTURED,
+    Request,
+    answering,
+    kinds,
+    ok,
+    serving,
 )
-SIZE = 1 << 20
-BASE, DIRTY = "base:allocation", "qemu:dirty-bitmap:a"
-CONTEXTS = ((1, BASE), (2, DIRTY))
-PLAIN = ClientSession("disk", SIZE, ALL)
-STRUCTURED = ClientSession("disk", SIZE, ALL, structured=True, contexts=CONTEXTS)
-
-Request = tuple[int, int, int, int, int]  # flags, type, cookie, offset, length
-Answer = Callable[[Request, bytes], bytes]
-
-
-class Peer:
-    """A server that hands each request to ``answer`` and sends back what that returns."""
-
-    def __init__(self, sock: socket.socket, answer: Answer) -> None:
-        self._sock = sock
-        self._answer = answer
-        self.requests: list[Request] = []
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        header = bytearray(codec.REQUEST_SIZE)
-        with self._sock:
-            try:
-                while True:
-                    recv_exact_into(self._sock, memoryview(header))
-                    request: Request = codec.REQUEST.unpack(header)[1:]
-                    self.requests.append(request)
-                    if request[1] == c.CMD_DISC:
-                        return
-                    payload = bytearray(request[4] if request[1] == c.CMD_WRITE else 0)
-                    recv_exact_into(self._sock, memoryview(payload))
-                    self._sock.sendall(self._answer(request, bytes(payload)))
-            except (ConnectionClosed, OSError):
-                return
-
-    def join(self) -> None:
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-
-@contextmanager
-def serving(answer: Answer, session: ClientSession = PLAIN) -> Iterator[tuple[Client, Peer]]:
-    ours, theirs = socket.socketpair()
-    peer = Peer(theirs, answer)
-    with Client(ours, session) as client:
-        yield client, peer
-    peer.join()
-
-
-def ok(request: Request, _payload: bytes = b"") -> bytes:
-    data = bytes(request[4]) if request[1] == c.CMD_READ else b""
-    return codec.simple_reply(request[2]) + data
-
-
-def kinds(peer: Peer) -> list[tuple[int, int, int, int]]:
-    return [(kind, flags, offset, length) for flags, kind, _, offset, length in peer.requests]
 
 
 def test_a_client_is_an_export() -> None:
@@ -246,15 +192,6 @@ def error(cookie: int, number: int, text: bytes = b"", done: bool = False) -> by
 
 def done(cookie: int) -> bytes:
     return codec.none_chunk(cookie)
-
-
-@contextmanager
-def answering(
-    make: Callable[[int], Sequence[bytes]], session: ClientSession = STRUCTURED
-) -> Iterator[Client]:
-    """A client whose every request is answered by the chunks that ``make(cookie)`` returns."""
-    with serving(lambda request, _: b"".join(make(request[2])), session) as (client, _):
-        yield client
 
 
 def test_chunks_may_come_in_any_order() -> None:
@@ -534,7 +471,7 @@ def test_requests_of_two_threads_do_not_mix_thanks_to_the_send_lock(keeps_order:
     ours, theirs = socket.socketpair()
     failures: list[int] = []
     with theirs, Client(ours, ClientSession("disk", big, ALL)) as client:
-        client._send_lock = turnstile  # type: ignore[assignment]
+        client.link._send_lock = turnstile  # type: ignore[assignment]
 
         def write(n: int) -> None:
             try:
@@ -641,16 +578,16 @@ def test_close_does_not_wait_for_a_sender_that_is_stuck() -> None:
 def test_an_interrupted_request_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with theirs, Client(ours, PLAIN) as client:
-        reader = client._reader
+        reader = client.link._replies
 
         class Interrupted:
             def read(self) -> None:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(client, "_reader", Interrupted())
+        monkeypatch.setattr(client.link, "_replies", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             client.pread(10, 0)
-        monkeypatch.setattr(client, "_reader", reader)
+        monkeypatch.setattr(client.link, "_replies", reader)
         with pytest.raises(ConnectionClosed):
             client.pread(10, 0)
 

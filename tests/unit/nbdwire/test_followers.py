@@ -86,7 +86,7 @@ def test_reads_and_writes_are_exact(client: Raw, length: int) -> None:
 
 
 def test_a_thread_gives_a_large_buffer_back() -> None:
-    follower = followers._Follower()
+    follower = followers._Follower(28)
     for length in (MOST, followers.KEEP_SIZE + 1):
         assert len(follower.room(length)) == length
         follower.rest()

@@ -11,7 +11,8 @@ from fleece.block.null import NullNode
 from nbdwire import constants as c
 from nbdwire.errors import to_wire
 from nbdwire.extents import Extent
-from nbdwire.requests import Requests, collect, legal_flags
+from nbdwire.requests import Requests, legal_flags
+from nbdwire.status import collect, walk
 from tests.support.faulty import Hooked, striped
 from tests.support.nbdraw import (
     CACHE,
@@ -141,10 +142,12 @@ def test_block_status_needs_a_context() -> None:
 
 
 def test_an_error_is_a_chunk_with_its_text_where_chunks_were_negotiated() -> None:
-    chunk = make().error(7, errno.ENOSPC)
+    chunk = make().error(7, 0, errno.ENOSPC)
     text = b"No space left on device"
     assert chunk == struct.pack(">IHHQIIH", 0x668E33EF, 1, 0x8001, 7, 6 + len(text), 28, 23) + text
-    assert make(structured=False).error(7, errno.ENOSPC) == struct.pack(">IIQ", 0x67446698, 28, 7)
+    assert make(structured=False).error(7, 0, errno.ENOSPC) == struct.pack(
+        ">IIQ", 0x67446698, 28, 7
+    )
 
 
 def error_of(reply: bytes) -> tuple[int, bytes]:
@@ -238,10 +241,11 @@ def test_req_one_gives_one_extent_as_long_as_its_status_lasts() -> None:
     assert dirty == [((1 << 20) - 100, 0)]
 
 
-def test_the_longest_status_that_can_be_asked_for_fits_into_its_32_bits() -> None:
+def test_the_longest_compact_status_is_a_multiple_of_512_below_4_gib() -> None:
+    """nbd.md §11."""
     requests = Requests(size=1 << 50, flags=0, structured=True, contexts=((1, BASE),), functions={})
     reply = requests.execute(NullNode(1 << 50), STATUS, 0, 9, 1 << 49, 0xFFFFFFFF)
-    assert statuses(reply) == [(1, 1, [(0xFFFFFFFF, 3)])]
+    assert statuses(reply) == [(1, 1, [((1 << 32) - 512, 3)])]
 
 
 def test_a_failing_context_fails_the_whole_status() -> None:
@@ -259,25 +263,25 @@ def test_a_failing_context_fails_the_whole_status() -> None:
 
 
 def test_partial_answers_are_continued_and_neighbours_joined() -> None:
-    assert collect(striped(1, 10), 5, 30, 100) == [
+    assert collect(walk(striped(1, 10), 5, 30), 100) == [
         Extent(5, 5, 0),
         Extent(10, 10, 1),
         Extent(20, 10, 0),
         Extent(30, 5, 1),
     ]
-    one_by_one = collect(lambda offset, _: [Extent(offset, 1, 3)], 7, 50, 100)
+    one_by_one = collect(walk(lambda offset, _: [Extent(offset, 1, 3)], 7, 50), 100)
     assert one_by_one == [Extent(7, 50, 3)]
 
 
 def test_the_list_ends_at_the_limit_with_a_whole_extent() -> None:
-    found = collect(striped(3, 10), 0, 1000, 7)
+    found = collect(walk(striped(3, 10), 0, 1000), 7)
     assert len(found) == 7
     assert found[-1] == Extent(60, 10, 0)
 
 
 def test_joining_goes_on_behind_the_limit() -> None:
     """The last of the permitted extents is as long as it really is."""
-    assert collect(lambda offset, _: [Extent(offset, 1, 0)], 0, 9, 1) == [Extent(0, 9, 0)]
+    assert collect(walk(lambda offset, _: [Extent(offset, 1, 0)], 0, 9), 1) == [Extent(0, 9, 0)]
 
 
 @pytest.mark.parametrize("answer", [[], [Extent(0, 0, 0)]])
@@ -285,7 +289,7 @@ def test_a_function_that_gets_nowhere_is_an_error_and_no_endless_loop(
     answer: list[Extent],
 ) -> None:
     with pytest.raises(OSError, match="no progress"):
-        collect(lambda *_: answer, 0, 10, 5)
+        collect(walk(lambda *_: answer, 0, 10), 5)
     requests = Requests(
         size=SIZE,
         flags=0,

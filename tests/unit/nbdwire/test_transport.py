@@ -274,8 +274,9 @@ def test_a_full_unix_backlog_times_out_instead_of_failing_at_once(tmp_path: Path
                 sock.close()
 
 
-def test_tls_is_not_there_yet_and_says_so() -> None:
-    with pytest.raises(URIError, match="not supported yet"):
+def test_an_nbds_uri_is_not_connected_to_by_those_who_stay_in_plain_text() -> None:
+    """nbd.md §14: nbds MUST fail without TLS."""
+    with pytest.raises(URIError, match="does not use TLS"):
         connect_socket(NBDURI("localhost", tls=True))
 
 

@@ -109,3 +109,34 @@ def test_a_socket_path_need_not_be_utf8() -> None:
     uri = parse("nbd+unix:///?socket=/run/%ff")
     assert parse(str(uri)) == uri
     assert str(uri).endswith("/run/%FF")
+
+
+@pytest.mark.parametrize(
+    ("text", "params"),
+    [
+        ("nbds://me@host/disk?tls-type=psk&tls-psk-file=/k%20eys", {"tls-psk-file": "/k eys"}),
+        ("nbds://host/?tls-certificates=/pki&tls-hostname=vm", {"tls-hostname": "vm"}),
+        ("nbds+unix:///?socket=/s&tls-verify-peer=0", {"tls-verify-peer": "0"}),
+        ("nbd://host/?whatever=x&whatever=y", {"tls-type": None}),
+    ],
+)
+def test_the_parameters_of_tls_can_be_asked_for(text: str, params: dict[str, str | None]) -> None:
+    """nbd.md §14."""
+    uri = parse(text)
+    assert {name: uri.param(name) for name in params} == params
+    assert parse(str(uri)) == uri
+
+
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ("tls-verify-peer=no", "tls-verify-peer is 'no'"),
+        ("tls-verify-peer=", "has no value"),
+        ("tls-type=ssl", "anon, x509, psk"),
+        ("tls-hostname=a&tls-hostname=b", "twice"),
+        ("tls-certificates", "has no value"),
+    ],
+)
+def test_a_mistake_in_what_decides_about_security_is_told(query: str, complaint: str) -> None:
+    with pytest.raises(URIError, match=complaint):
+        parse(f"nbds://host/?{query}")

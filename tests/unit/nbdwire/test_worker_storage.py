@@ -11,12 +11,12 @@ import pytest
 
 from fleece.block.file import FileNode
 from nbdwire import constants as c
-from nbdwire import worker
+from nbdwire import outgoing, worker
 from nbdwire.export import OPAQUE_RUN, ZERO_RUN, Run
 from tests.support import nbdraw as raw
 from tests.support.blockdev import loop_device
 from tests.support.faulty import Mapped
-from tests.support.nbdraw import DATA, ERROR, HOLE, NONE, Raw, connected
+from tests.support.nbdraw import DATA, ERROR_OFFSET, HOLE, NONE, Raw, connected
 from tests.support.serving import noise, serving
 from tests.support.threads import in_thread
 
@@ -209,7 +209,7 @@ def failing_sendfile(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         left[0] -= sent
         return sent
 
-    monkeypatch.setattr(worker.os, "sendfile", sendfile)
+    monkeypatch.setattr(outgoing.os, "sendfile", sendfile)
     return left
 
 
@@ -218,7 +218,7 @@ def test_an_error_inside_a_cold_read_ends_the_chunk_with_zeroes_and_is_told(
 ) -> None:
     node.cold = True
     reply = structured.ask(raw.READ, 10, 200_000)
-    assert reply.kinds == [DATA, ERROR]
+    assert reply.kinds == [DATA, ERROR_OFFSET]
     assert reply.error == c.NBD_EIO
     assert reply.chunks[0].data == CONTENT[10:70_010] + bytes(130_000)
     node.cold = False

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``info``: what a server tells about an export."""
+
+import argparse
+from typing import Any, Final
+
+from nbdwire import constants as c
+from nbdwire.client import connect, describe
+from nbdwire.errors import NBDError
+from nbdwire.negotiate_client import ClientSession
+from nbdwire.tools.options import add_json, add_server, human, print_json
+from nbdwire.uri import NBDURI
+
+_EPILOG = "example: python -m nbdwire info 'nbd+unix:///disk?socket=/tmp/nbd.sock'"
+
+_FLAGS: Final = {
+    "is_read_only": c.TFLAG_READ_ONLY,
+    "is_rotational": c.TFLAG_ROTATIONAL,
+    "can_flush": c.TFLAG_SEND_FLUSH,
+    "can_fua": c.TFLAG_SEND_FUA,
+    "can_trim": c.TFLAG_SEND_TRIM,
+    "can_zero": c.TFLAG_SEND_WRITE_ZEROES,
+    "can_fast_zero": c.TFLAG_SEND_FAST_ZERO,
+    "can_cache": c.TFLAG_SEND_CACHE,
+    "can_df": c.TFLAG_SEND_DF,
+    "can_multi_conn": c.TFLAG_CAN_MULTI_CONN,
+    "can_block_status_payload": c.TFLAG_BLOCK_STATUS_PAYLOAD,
+}
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The verb and its options."""
+    parser = verbs.add_parser("info", help="what a server tells about an export", epilog=_EPILOG)
+    parser.description = "Print the size of an export, what it can do, and its metadata contexts."
+    add_server(parser)
+    add_json(parser)
+    parser.add_argument("--size", action="store_true", help="print the size in bytes and no more")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Connect, and print."""
+    with connect(options.uri, contexts=(), timeout=options.timeout) as client:
+        session = client.session
+    if options.size:
+        print(session.size)
+        return 0
+    facts = collect(options.uri, session, options.timeout)
+    if options.json:
+        print_json(facts)
+    else:
+        print_facts(facts)
+    return 0
+
+
+def collect(uri: NBDURI, session: ClientSession, timeout: float) -> dict[str, Any]:
+    """Everything about the export that ``session`` was opened with. Keys as nbdinfo has them."""
+    return {
+        "protocol": "newstyle-fixed",
+        "TLS": session.tls,
+        "structured": session.structured,
+        "extended": session.extended,
+        "exports": [facts_of(uri, session, contexts_of(uri, timeout))],
+    }
+
+
+def contexts_of(uri: NBDURI, timeout: float) -> tuple[str, ...]:
+    """The metadata contexts of the export; none if the server cannot list them."""
+    try:
+        return describe(uri, timeout=timeout)[1]
+    except NBDError:
+        return ()
+
+
+def facts_of(uri: NBDURI, session: ClientSession, contexts: tuple[str, ...]) -> dict[str, Any]:
+    """One export."""
+    return {
+        "export-name": session.name,
+        "description": session.description,
+        "export-size": session.size,
+        "export-size-str": human(session.size),
+        "uri": str(uri.with_export(session.name)),
+        "contexts": list(contexts),
+        **{name: bool(session.flags & flag) for name, flag in _FLAGS.items()},
+        "block_minimum": session.minimum_block,
+        "block_preferred": session.preferred_block,
+        "block_maximum": session.maximum_payload,
+    }
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """For people."""
+    style = "extended" if facts["extended"] else "structured" if facts["structured"] else "simple"
+    tls = "with" if facts["TLS"] else "without"
+    print(f"protocol: {facts['protocol']} {tls} TLS, {style} replies")
+    for export in facts["exports"]:
+        print_export(export)
+
+
+def print_export(export: dict[str, Any]) -> None:
+    """The facts of one export, a line each."""
+    print(f"export={export['export-name']!r}:")
+    for name, value in export.items():
+        if name == "export-size":
+            value = f"{value} ({export['export-size-str']})"
+        if name == "contexts":
+            value = " ".join(value) or "none"
+        if name not in ("export-name", "export-size-str") and value != "":
+            print(f"    {name}: {str(value).lower() if isinstance(value, bool) else value}")

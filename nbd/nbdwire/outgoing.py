@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdwire import constants as c
 from nbdwire.errors import ConnectionClosed
@@ -18,9 +18,6 @@ from nbdwire.limits import FREE, Share
 from nbdwire.requests import Requests
 from nbdwire.transport import Stream
 from nbdwire.wire import StructuredWire
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 OUT_SIZE: Final = 256 << 10
 KEEP_SIZE: Final = 5 << 20  # buffers that grew beyond it are given back, lest idle clients pin them
@@ -55,9 +52,7 @@ class Outgoing:
         self._share: Share | None = requests.account.share() if requests.account else None
         secure = getattr(stream, "secure", False)
         can_sendfile = not secure or getattr(stream, "can_sendfile", False)
-        self._send_file: Callable[[int, int, int], int] = (
-            self._sendfile if can_sendfile else self._copy_file
-        )
+        self._send_file = self._sendfile if can_sendfile else self._copy_file
 
     def _append(self, reply: bytes) -> None:
         """Put a reply behind the others; the buffer grows for one that is larger than it."""

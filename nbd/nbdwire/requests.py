@@ -124,6 +124,8 @@ class Requests:
         legal = self.legal.get(kind)
         if legal is None:
             return errno.EINVAL, "there is no such command"
+        if flags & c.CMD_FLAG_PAYLOAD_LEN:
+            return errno.EINVAL, "the request has a payload that it must not have, or lacks one"
         if flags & ~legal:
             return errno.EINVAL, "the command does not have this flag, or it was not offered"
         if kind == c.CMD_FLUSH:

@@ -319,7 +319,7 @@ class Worker(Outgoing):
         mine = len(self._in) if len(self._in) > IN_SIZE else 0
         if not self._shrink_data(mine) and mine:
             self._replace_in()
-        self._grown = len(self._in) > IN_SIZE or len(self._data) > SMALL_READ
+        self._grown = False
 
     def _replace_in(self) -> None:
         self._in = bytearray(IN_SIZE)
@@ -407,16 +407,14 @@ class Worker(Outgoing):
             with self._session.gate:
                 cold = self._is_cold(self._session.node, offset, length)
                 runs = self._runs(self._session.node, offset, length)
-            if not runs:
-                self._read_aside(offset, length)
-        except OSError:  # every failure is answered; the connection goes on
+        except Exception:  # every failure is answered; the connection goes on
             self._append(self._requests.failure(cookie, offset))
             return
-        self.bytes_read += length
         if not runs:
-            self._append(self._wire.data(cookie, offset, offset, length))
-            self._send_data(length)
-        elif not self._wire.chunked or flags & c.CMD_FLAG_DF:
+            self._read_aside(cookie, offset, length)
+            return
+        self.bytes_read += length
+        if not self._wire.chunked or flags & c.CMD_FLAG_DF:
             self._send_one_chunk(runs, cookie, offset, length)
         else:
             self._send_chunks(runs, cookie, offset, cold)
@@ -443,9 +441,16 @@ class Worker(Outgoing):
             covered += step
         return runs
 
-    def _read_aside(self, offset: int, length: int) -> None:
-        """Into the data buffer. It may have to wait for memory first, so the gate is left."""
+    def _read_aside(self, cookie: int, offset: int, length: int) -> None:
+        """By way of the data buffer. It may have to wait for memory first, without the gate."""
         self._grow_data(length, len(self._in) if len(self._in) > IN_SIZE else 0)
         self._grown = True
-        with self._session.gate:
-            self._session.node.pread_into(memoryview(self._data)[:length], offset)
+        try:
+            with self._session.gate:
+                self._session.node.pread_into(memoryview(self._data)[:length], offset)
+        except Exception:  # every failure is answered; the connection goes on
+            self._append(self._requests.failure(cookie, offset))
+            return
+        self.bytes_read += length
+        self._append(self._wire.data(cookie, offset, offset, length))
+        self._send_data(length)

@@ -11,11 +11,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 from nbdwire import constants as c
 from nbdwire.errors import ConnectionClosed, ProtocolError
-from nbdwire.export import Session
+from nbdwire.export import ZERO_RUN, Export, Run, Session, SupportsMap
 from nbdwire.limits import Account, Share
 from nbdwire.requests import Requests
 from nbdwire.transport import Stream, recv_exact_into, send_all
@@ -24,6 +24,14 @@ THREADS: Final = 8
 BUFFER: Final = 64 << 10
 KEEP_SIZE: Final = 1 << 20  # larger buffers are given back, lest idle clients pin them
 PART_SIZE: Final = 4 << 20  # a client that has sent or taken so much is going on
+HOLE_SIZE: Final = 32 << 10  # shorter holes are sent as data, shorter reads do not look for them
+MAX_PIECES: Final = 64  # a read that is more fragmented than this is sent as data
+
+Reply: TypeAlias = list[bytes | memoryview]
+"""The parts of a whole reply, in order."""
+
+Piece: TypeAlias = tuple[int, int, bool]
+"""(offset, length, whether it is a hole), in bytes."""
 
 
 class Followers:
@@ -79,21 +87,21 @@ class Followers:
         try:
             while self._next(follower):
                 began = time.perf_counter()
-                self._send(follower, *self._carry_out(session, follower))
+                self._send(follower, self._carry_out(session, follower))
                 self._took(time.perf_counter() - began)
                 follower.rest()
         finally:
             follower.end()  # others of this connection may wait for that memory
 
-    def _send(self, follower: "_Follower", reply: bytes, payload: memoryview | None) -> None:
+    def _send(self, follower: "_Follower", reply: Reply) -> None:
         with follower.waiting(), self._write_lock:
-            if payload is None or len(payload) <= PART_SIZE:
-                send_all(self._stream, reply, payload if payload is not None else b"")
+            if sum(len(part) for part in reply) <= PART_SIZE:
+                send_all(self._stream, *reply)
                 return
-            send_all(self._stream, reply)
-            for start in range(0, len(payload), PART_SIZE):
-                follower.goes_on()
-                send_all(self._stream, payload[start : start + PART_SIZE])
+            for part in reply:
+                for start in range(0, len(part), PART_SIZE):
+                    follower.goes_on()
+                    send_all(self._stream, part[start : start + PART_SIZE])
 
     def _end(self, problem: Exception) -> None:
         """Wake the other threads: none of them must wait for a request that never comes."""
@@ -155,41 +163,81 @@ class Followers:
                 f.goes_on()
                 left -= step
 
-    def _carry_out(self, session: Session, f: "_Follower") -> tuple[bytes, memoryview | None]:
-        """The reply to the follower's request, and the data behind it."""
+    def _carry_out(self, session: Session, f: "_Follower") -> Reply:
+        """The reply to the follower's request."""
         requests = self._requests
         self._count(f.kind)
         if f.flags & c.CMD_FLAG_PAYLOAD_LEN and requests.takes_payload(f.kind, f.payload):
             with session.gate:
                 payload = bytes(f.room(f.payload))
-                return requests.filtered_status(
-                    session.node, f.flags, f.cookie, f.offset, payload
-                ), None
+                node = session.node
+                return [requests.filtered_status(node, f.flags, f.cookie, f.offset, payload)]
         problem = requests.problem(f.kind, f.flags, f.offset, f.length)
         if problem is not None:
-            return requests.error(f.cookie, f.offset, *problem), None
+            return [requests.error(f.cookie, f.offset, *problem)]
+        if f.kind == c.CMD_READ:
+            return self._read(session, f)
+        if f.kind == c.CMD_WRITE:
+            return [self._write(session, f)]
         fields = f.kind, f.flags, f.cookie, f.offset, f.length
         if requests.is_long(f.kind, f.length):
-            return requests.execute_in_steps(session, *fields), None
-        if f.kind not in (c.CMD_READ, c.CMD_WRITE):
-            with session.gate:
-                return requests.execute(session.node, *fields), None
-        return self._transfer(session, f)
+            return [requests.execute_in_steps(session, *fields)]
+        with session.gate:
+            return [requests.execute(session.node, *fields)]
 
-    def _transfer(self, session: Session, f: "_Follower") -> tuple[bytes, memoryview | None]:
-        view = f.room(f.length)  # it may wait for memory, so the gate is not held yet
+    def _write(self, session: Session, f: "_Follower") -> bytes:
+        view = f.room(f.length)  # where the payload is
         try:
             with session.gate:
-                if f.kind == c.CMD_READ:
-                    session.node.pread_into(view, f.offset)
-                else:
-                    session.node.pwrite(view, f.offset, bool(f.flags & c.CMD_FLAG_FUA))
+                session.node.pwrite(view, f.offset, bool(f.flags & c.CMD_FLAG_FUA))
         except Exception:  # every failure is answered; the connection goes on
-            return self._requests.failure(f.cookie, f.offset), None
+            return self._requests.failure(f.cookie, f.offset)
         self._count_bytes(f)
-        if f.kind == c.CMD_WRITE:
-            return self._wire.done(f.cookie, f.offset), None
-        return self._wire.data(f.cookie, f.offset, f.offset, f.length), view
+        return self._wire.done(f.cookie, f.offset)
+
+    def _read(self, session: Session, f: "_Follower") -> Reply:
+        try:
+            pieces = self._pieces(session, f)
+        except Exception:  # every failure is answered; the connection goes on
+            return [self._requests.failure(f.cookie, f.offset)]
+        # It may wait for memory, so the gate is not held.
+        view = f.room(sum(length for _, length, is_hole in pieces if not is_hole))
+        try:
+            with session.gate:
+                reply = self._read_pieces(session.node, f, pieces, view)
+        except Exception:  # every failure is answered; the connection goes on
+            return [self._requests.failure(f.cookie, f.offset)]
+        self._count_bytes(f)
+        return reply
+
+    def _pieces(self, session: Session, f: "_Follower") -> list[Piece]:
+        """What of the read is data and what is known to be a hole, in order."""
+        whole = [(f.offset, f.length, False)]
+        if not self._wire.chunked or f.flags & c.CMD_FLAG_DF or f.length < HOLE_SIZE:
+            return whole
+        with session.gate:
+            node = session.node
+            if not isinstance(node, SupportsMap):
+                return whole
+            runs = node.map(f.offset, f.length)
+        pieces = _holes(runs, f.offset, f.length)
+        return pieces if len(pieces) <= MAX_PIECES else whole
+
+    def _read_pieces(
+        self, node: Export, f: "_Follower", pieces: list[Piece], view: memoryview
+    ) -> Reply:
+        """A chunk for each piece; ``view`` has room for their data."""
+        reply: Reply = []
+        for piece in pieces:
+            offset, length, is_hole = piece
+            done = c.REPLY_FLAG_DONE if piece is pieces[-1] else 0
+            if is_hole:
+                reply.append(self._wire.hole(f.cookie, f.offset, offset, length, done))
+                continue
+            node.pread_into(view[:length], offset)
+            reply += [self._wire.data(f.cookie, f.offset, offset, length, done), view[:length]]
+            view = view[length:]
+        return reply
 
     def _took(self, seconds: float) -> None:
         if seconds > self.slowest:
@@ -221,6 +269,25 @@ def _start(threads: Iterable[threading.Thread]) -> list[threading.Thread]:
             thread.start()
             started.append(thread)
     return started
+
+
+def _holes(runs: Iterable[Run], offset: int, length: int) -> list[Piece]:
+    """The range as pieces: holes of HOLE_SIZE and more, and all else, which is to be read."""
+    pieces: list[Piece] = []
+    end = offset + length
+
+    def add(start: int, stop: int, is_hole: bool) -> None:
+        if pieces and pieces[-1][2] == is_hole:
+            start = pieces.pop()[0]
+        if start < stop:
+            pieces.append((start, stop - start, is_hole))
+
+    for fd, _, count in runs:
+        stop = min(offset + count, end)
+        add(offset, stop, fd == ZERO_RUN and stop - offset >= HOLE_SIZE)
+        offset = stop
+    add(offset, end, False)  # the map may tell about less than was asked for
+    return pieces
 
 
 class _Follower:

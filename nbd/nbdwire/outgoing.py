@@ -41,6 +41,18 @@ _CLIENT_IS_GONE: Final = frozenset(
 class Outgoing:
     """The sending half of `nbdwire.worker.Worker`, which is one object for the sake of speed."""
 
+    __slots__ = (
+        "_data",
+        "_out",
+        "_out_view",
+        "_requests",
+        "_send_file",
+        "_share",
+        "_stream",
+        "_used",
+        "_wire",
+    )
+
     def __init__(self, stream: Stream, requests: Requests) -> None:
         self._stream = stream
         self._requests = requests

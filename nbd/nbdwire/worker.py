@@ -63,6 +63,39 @@ class Worker(Outgoing):
     its last reply was sent.
     """
 
+    # More than 30 attributes in an instance's dict would make each access slower (CPython 3.11).
+    __slots__ = (
+        "_byte",
+        "_can_probe",
+        "_data_head",
+        "_end",
+        "_extended",
+        "_grown",
+        "_header",
+        "_in",
+        "_in_view",
+        "_lookout",
+        "_magic",
+        "_map",
+        "_most",
+        "_probe",
+        "_read_flags",
+        "_read_only",
+        "_received",
+        "_request",
+        "_session",
+        "_start",
+        "_structured",
+        "_vouched",
+        "_write_flags",
+        "bytes_read",
+        "bytes_written",
+        "others",
+        "reads",
+        "slowest",
+        "writes",
+    )
+
     def __init__(
         self, stream: Stream, session: Session, requests: Requests, turn: threading.Lock
     ) -> None:
@@ -76,6 +109,7 @@ class Worker(Outgoing):
         self._byte = memoryview(bytearray(1))
         self._structured = self._wire.chunked and not self._wire.extended
         self._extended = self._wire.extended
+        self._magic = self._wire.request_magic
         self._request = self._wire.request
         self._header = self._wire.request.size
         self._data_head = self._wire.data_head
@@ -120,11 +154,11 @@ class Worker(Outgoing):
     def _batch(self, node: Export) -> int:
         """Carry out the complete requests of the buffer, up to one that needs the stream."""
         data, unpack, header = self._in, self._request.unpack_from, self._header
-        extended, magic_of_form = self._extended, self._wire.request_magic
+        extended, form_magic = self._extended, self._magic
         self._probe = self._can_probe and self._end - self._start >= 2 * header
         while self._end - self._start >= header:
             magic, flags, kind, cookie, offset, length = unpack(data, self._start)
-            if magic != magic_of_form:
+            if magic != form_magic:
                 raise ProtocolError(f"a request begins with {magic:#010x}, which is not NBD")
             if self._used >= SEND_AT:
                 return _SEND

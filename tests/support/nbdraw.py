@@ -19,13 +19,15 @@ READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
 NAMES = ("read", "write", "disc", "flush", "trim", "cache", "zeroes", "status")
 
-NONE, DATA, HOLE, BLOCK_STATUS = 0, 1, 2, 5
+NONE, DATA, HOLE, BLOCK_STATUS, BLOCK_STATUS_EXT = 0, 1, 2, 5, 6
 ERROR = 0x8001
 ERROR_OFFSET = 0x8002
 
 MAGIC = 0x25609513
+EXTENDED_MAGIC = 0x21E41C71
 _REQUEST = struct.Struct(">IHHQQI")
-_SIMPLE, _CHUNK = 0x67446698, 0x668E33EF
+_EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+_SIMPLE, _CHUNK, _EXTENDED_CHUNK = 0x67446698, 0x668E33EF, 0x6E8A278C
 SECONDS = 20.0
 
 
@@ -40,6 +42,20 @@ def request(
     magic: int = MAGIC,
 ) -> bytes:
     return _REQUEST.pack(magic, flags, kind, cookie, offset, length) + payload
+
+
+def extended_request(
+    kind: int,
+    offset: int = 0,
+    length: int = 0,
+    *,
+    flags: int = 0,
+    cookie: int = 0,
+    payload: bytes = b"",
+    magic: int = EXTENDED_MAGIC,
+) -> bytes:
+    """PAYLOAD_LEN is as ``flags`` say, whatever the command."""
+    return _EXTENDED_REQUEST.pack(magic, flags, kind, cookie, offset, length) + payload
 
 
 @dataclass(frozen=True)
@@ -103,10 +119,11 @@ class Reply:
         """Context id -> [(length, flags)]."""
         found: dict[int, list[tuple[int, int]]] = {}
         for chunk in self.chunks:
-            assert chunk.kind == BLOCK_STATUS
+            assert chunk.kind in (BLOCK_STATUS, BLOCK_STATUS_EXT)
             number = int.from_bytes(chunk.payload[:4], "big")
             assert number not in found, "two chunks for one context"
-            found[number] = list(struct.iter_unpack(">II", chunk.payload[4:]))  # type: ignore[arg-type]
+            shape, start = (">II", 4) if chunk.kind == BLOCK_STATUS else (">QQ", 8)
+            found[number] = list(struct.iter_unpack(shape, chunk.payload[start:]))
         return found
 
 
@@ -118,6 +135,7 @@ class Raw:
         self.session = session
         self._cookie = 0
         self._reads: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}
 
     def close(self) -> None:
         self.sock.close()
@@ -138,7 +156,24 @@ class Raw:
         cookie = self._cookie << 32 | 0xFEEDFACE
         if kind == READ:
             self._reads[cookie] = length
-        return request(kind, offset, length, flags=flags, cookie=cookie, payload=payload)
+        self._offsets[cookie] = offset
+        return self.form(kind, offset, length, flags=flags, cookie=cookie, payload=payload)
+
+    def form(
+        self,
+        kind: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        flags: int = 0,
+        cookie: int = 0,
+        payload: bytes = b"",
+    ) -> bytes:
+        """A request with the headers that were negotiated; `reply` will not know it."""
+        if not self.session.extended:
+            return request(kind, offset, length, flags=flags, cookie=cookie, payload=payload)
+        flags ^= PAYLOAD_LEN if kind == WRITE else 0
+        return extended_request(kind, offset, length, flags=flags, cookie=cookie, payload=payload)
 
     def ask(
         self, kind: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
@@ -182,14 +217,24 @@ class Raw:
             return error.errno in (errno.ECONNRESET, errno.EPIPE)
         return True
 
+    def is_dropped_for(self, data: bytes) -> bool:
+        """Whether the server ends the connection because of ``data``, perhaps half way."""
+        try:
+            self.sock.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+        return self.hung_up()
+
     def reply(self) -> Reply:
         """The next reply. Chunks of several replies must not be mixed; our server does not."""
         (magic,) = struct.unpack(">I", self.take(4))
         if magic == _SIMPLE:
+            assert not self.session.extended, "a simple reply, with extended headers"
             return self._simple()
-        assert magic == _CHUNK, f"{magic:#x} is no reply"
+        expected = _EXTENDED_CHUNK if self.session.extended else _CHUNK
+        assert magic == expected, f"{magic:#x} is no reply"
         assert self.session.structured, "a chunk, and structured replies were not negotiated"
-        return self._chunks()
+        return self._chunks(expected)
 
     def _simple(self) -> Reply:
         error, cookie = struct.unpack(">IQ", self.take(12))
@@ -197,25 +242,34 @@ class Raw:
         assert not (length and self.session.structured), "a simple reply to a read"
         return Reply(cookie, error, data=b"" if error else self.take(length))
 
-    def _chunks(self) -> Reply:
-        flags, kind, cookie, length = struct.unpack(">HHQI", self.take(16))
+    def _head(self) -> tuple[int, int, int, int]:
+        """(flags, type, cookie, length) of a chunk whose magic has been read."""
+        if not self.session.extended:
+            return struct.unpack(">HHQI", self.take(16))
+        flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", self.take(28))
+        assert offset == self._offsets.get(cookie, offset), "not the offset of the request"
+        return flags, kind, cookie, length
+
+    def _chunks(self, expected: int) -> Reply:
+        flags, kind, cookie, length = self._head()
         reply = Reply(cookie)
         while True:
             chunk = Chunk(flags, kind, self.take(length))
-            _check_chunk(chunk)
+            _check_chunk(chunk, self.session.extended)
             reply.chunks.append(chunk)
             if chunk.kind in (ERROR, ERROR_OFFSET):
                 reply.error, size = struct.unpack(">IH", chunk.payload[:6])
-                assert len(chunk.payload) == 6 + size + 8 * (chunk.kind == ERROR_OFFSET)
+                assert len(chunk.payload) == 6 + size + (8 if chunk.kind == ERROR_OFFSET else 0)
                 reply.message = chunk.payload[6 : 6 + size].decode()
             if chunk.done:
                 self._reads.pop(cookie, 0)
                 return reply
-            magic, flags, kind, again, length = struct.unpack(">IHHQI", self.take(20))
-            assert (magic, again) == (_CHUNK, cookie)
+            (magic,) = struct.unpack(">I", self.take(4))
+            flags, kind, again, length = self._head()
+            assert (magic, again) == (expected, cookie)
 
 
-def _check_chunk(chunk: Chunk) -> None:
+def _check_chunk(chunk: Chunk, extended: bool = False) -> None:
     """What section "Structured reply chunk types" demands of each."""
     assert chunk.flags in (0, 1)
     if chunk.kind == NONE:
@@ -226,7 +280,12 @@ def _check_chunk(chunk: Chunk) -> None:
     elif chunk.kind == HOLE:
         assert len(chunk.payload) == 12
         assert chunk.span[1] > 0
+    elif chunk.kind == BLOCK_STATUS_EXT:
+        assert extended
+        assert len(chunk.payload) == 8 + 16 * int.from_bytes(chunk.payload[4:8], "big")
+        assert len(chunk.payload) >= 24
     elif chunk.kind == BLOCK_STATUS:
+        assert not extended, "nbd.md §7: BLOCK_STATUS_EXT, always, with extended headers"
         assert len(chunk.payload) >= 12
         assert len(chunk.payload) % 8 == 4
     else:
@@ -245,14 +304,28 @@ def open_socket(where: NBDURI) -> socket.socket:
     return sock
 
 
+FORMS: dict[str, dict[str, bool]] = {
+    "simple": {"structured": False},
+    "structured": {},
+    "extended": {"extended": True},
+}
+"""The forms of requests and replies, as arguments of `connected`."""
+
+
 @contextmanager
 def connected(
-    where: NBDURI, export: str = "disk", *, structured: bool = True, contexts: Sequence[str] = ()
+    where: NBDURI,
+    export: str = "disk",
+    *,
+    structured: bool = True,
+    extended: bool = False,
+    contexts: Sequence[str] = (),
 ) -> Iterator[Raw]:
     sock = open_socket(where)
     try:
-        handshake = client_handshake(export, contexts, structured, extended=False)
+        handshake = client_handshake(export, contexts, structured, extended=extended)
         session = run_handshake(sock, handshake, None)
+        assert session.extended == extended
         sock.settimeout(SECONDS)
         yield Raw(sock, session)
     finally:

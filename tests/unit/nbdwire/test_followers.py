@@ -19,7 +19,7 @@ from nbdwire.connection import PlainSession
 from nbdwire.uri import NBDURI
 from tests.support import nbdraw as raw
 from tests.support.faulty import Hooked
-from tests.support.nbdraw import DATA, Raw, connected
+from tests.support.nbdraw import DATA, FORMS, HOLE, Raw, connected
 from tests.support.serving import noise, serving
 from tests.support.threads import in_thread, wait_for, wait_until
 
@@ -32,10 +32,10 @@ def node() -> Hooked:
     return Hooked(SIZE, blocking=True)
 
 
-@pytest.fixture(params=["simple", "structured"])
+@pytest.fixture(params=sorted(FORMS))
 def client(tmp_path: Path, node: Hooked, request: pytest.FixtureRequest) -> Iterator[Raw]:
-    structured = request.param == "structured"
-    with serving(tmp_path, node) as (_, where), connected(where, structured=structured) as client:
+    form = FORMS[request.param]
+    with serving(tmp_path, node) as (_, where), connected(where, **form) as client:
         yield client
 
 
@@ -114,6 +114,17 @@ def test_illegal_requests_are_refused_in_step(client: Raw) -> None:
     client.in_step()
 
 
+def test_a_payload_above_the_maximum_is_consumed_or_ends_the_connection(client: Raw) -> None:
+    client.in_step()
+    write = client.make(raw.WRITE, 0, MOST + 1, 0, bytes(MOST + 1))
+    if client.session.extended:  # nbd.md §8
+        assert client.is_dropped_for(write)
+        return
+    client.send(write)
+    assert client.reply().error == c.NBD_EINVAL
+    client.in_step()
+
+
 def test_the_errors_of_the_node_are_those_of_the_reply(client: Raw, node: Hooked) -> None:
     for verb in ("pread_into", "pwrite", "zero", "trim", "flush"):
         node.fail(verb, OSError(errno.ENOSPC, "injected"))
@@ -128,7 +139,8 @@ def test_the_errors_of_the_node_are_those_of_the_reply(client: Raw, node: Hooked
 
 def test_a_wrong_magic_drops_the_connection(client: Raw) -> None:
     client.in_step()
-    client.send(raw.request(raw.READ, 0, 1, magic=0x21E41C71))
+    other = raw.MAGIC if client.session.extended else raw.EXTENDED_MAGIC
+    client.send(raw.request(raw.READ, 0, 1, magic=other) + bytes(4))
     assert client.hung_up()
 
 

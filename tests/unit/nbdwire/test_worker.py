@@ -17,7 +17,7 @@ from nbdwire.negotiate_client import ClientSession
 from nbdwire.requests import Requests
 from tests.support import nbdraw as raw
 from tests.support.faulty import Hooked, Mapped
-from tests.support.nbdraw import DATA, ERROR, FUA, HOLE, NONE, Raw, connected
+from tests.support.nbdraw import DATA, ERROR, FORMS, FUA, HOLE, NONE, Raw, connected
 from tests.support.serving import noise, serving
 from tests.support.threads import in_thread, wait_until
 
@@ -42,15 +42,15 @@ def image(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Path:
     return path
 
 
-@pytest.fixture(params=["simple", "structured"])
-def structured(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "structured")
+@pytest.fixture(params=sorted(FORMS))
+def form(request: pytest.FixtureRequest) -> dict[str, bool]:
+    return FORMS[request.param]
 
 
 @pytest.fixture
-def reader(tmp_path: Path, image: Path, structured: bool) -> Iterator[Raw]:
+def reader(tmp_path: Path, image: Path, form: dict[str, bool]) -> Iterator[Raw]:
     node = FileNode(image, read_only=True, locking=False)
-    with serving(tmp_path, node) as (_, where), connected(where, structured=structured) as client:
+    with serving(tmp_path, node) as (_, where), connected(where, **form) as client:
         yield client
     node.close()
 
@@ -61,8 +61,8 @@ def memory() -> Hooked:
 
 
 @pytest.fixture
-def client(tmp_path: Path, memory: Hooked, structured: bool) -> Iterator[Raw]:
-    with serving(tmp_path, memory) as (_, where), connected(where, structured=structured) as client:
+def client(tmp_path: Path, memory: Hooked, form: dict[str, bool]) -> Iterator[Raw]:
+    with serving(tmp_path, memory) as (_, where), connected(where, **form) as client:
         yield client
 
 
@@ -108,15 +108,19 @@ def test_a_read_of_an_illegal_length_is_refused_in_step(reader: Raw, length: int
 
 
 def test_the_largest_write_works_and_one_byte_more_is_consumed(
-    tmp_path: Path, structured: bool
+    tmp_path: Path, form: dict[str, bool]
 ) -> None:
     node = MemoryNode(SIZE)
     data = noise(MOST + 1)
-    with serving(tmp_path, node) as (_, where), connected(where, structured=structured) as client:
+    with serving(tmp_path, node) as (_, where), connected(where, **form) as client:
         assert client.write(3, data[:MOST]) == 0
         assert client.read(3, MOST) == data[:MOST]
         behind = client.make(raw.READ, 3, 5)
-        client.send(client.make(raw.WRITE, 7, MOST + 1, 0, data[::-1]) + behind)
+        write = client.make(raw.WRITE, 7, MOST + 1, 0, data[::-1])
+        if client.session.extended:  # nbd.md §8: a payload above the maximum ends the connection
+            assert client.is_dropped_for(write)
+            return
+        client.send(write + behind)
         assert client.reply().error == c.NBD_EINVAL
         assert client.reply().assemble(3, 5) == data[:5]
         assert client.read(3, MOST) == data[:MOST]
@@ -174,7 +178,9 @@ def test_every_command_works_between_the_others_in_one_segment(client: Raw) -> N
 def test_the_magic_of_anything_else_drops_the_connection(client: Raw) -> None:
     for magic in (0, 0x12560953, 0x96744668, 0x25609514, 0x21E41C71):
         assert magic != raw.MAGIC
-    client.send(raw.request(raw.READ, 0, 1, magic=0x25609514) + client.make(raw.READ, 0, 1))
+    client.in_step()
+    other = raw.MAGIC if client.session.extended else raw.EXTENDED_MAGIC
+    client.send(raw.request(raw.READ, 0, 1, magic=other) + client.make(raw.READ, 0, 1))
     assert client.hung_up()
 
 
@@ -222,15 +228,15 @@ def test_a_payload_may_be_split_anywhere(client: Raw, length: int) -> None:
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_payload_has_written_nothing(
-    tmp_path: Path,
+    tmp_path: Path, form: dict[str, bool]
 ) -> None:
     node = Hooked(1 << 20)
     writes: list[object] = []
     node.before["pwrite"] = lambda *args: writes.append(args[1])
     with serving(tmp_path, node) as (server, where):
         for length, sent in [(4096, 1), (4096, 4095), (900_000, 899_999), (MOST + 9, 70_000)]:
-            with connected(where) as client:
-                client.send(raw.request(raw.WRITE, 0, length, payload=b"\xff" * sent))
+            with connected(where, **form) as client:
+                client.send(client.form(raw.WRITE, 0, length, payload=b"\xff" * sent))
             wait_until(lambda: server.clients() == 0)
         assert writes == []
         with connected(where) as client:

@@ -16,7 +16,7 @@ from nbdwire.export import OPAQUE_RUN, ZERO_RUN, Run
 from tests.support import nbdraw as raw
 from tests.support.blockdev import loop_device
 from tests.support.faulty import Mapped
-from tests.support.nbdraw import DATA, ERROR_OFFSET, HOLE, NONE, Raw, connected
+from tests.support.nbdraw import DATA, ERROR_OFFSET, FORMS, HOLE, NONE, Raw, connected
 from tests.support.serving import noise, serving
 from tests.support.threads import in_thread
 
@@ -38,16 +38,18 @@ def node(image: Path) -> Iterator[Mapped]:
     node.close()
 
 
-@pytest.fixture(params=["simple", "structured"])
+@pytest.fixture(params=sorted(FORMS))
 def client(tmp_path: Path, node: Mapped, request: pytest.FixtureRequest) -> Iterator[Raw]:
-    structured = request.param == "structured"
-    with serving(tmp_path, node) as (_, where), connected(where, structured=structured) as client:
+    form = FORMS[request.param]
+    with serving(tmp_path, node) as (_, where), connected(where, **form) as client:
         yield client
 
 
-@pytest.fixture
-def structured(tmp_path: Path, node: Mapped) -> Iterator[Raw]:
-    with serving(tmp_path, node) as (_, where), connected(where) as client:
+@pytest.fixture(params=["structured", "extended"])
+def structured(tmp_path: Path, node: Mapped, request: pytest.FixtureRequest) -> Iterator[Raw]:
+    """Replies in chunks, in both forms."""
+    form = FORMS[request.param]
+    with serving(tmp_path, node) as (_, where), connected(where, **form) as client:
         yield client
 
 

@@ -16,6 +16,7 @@ from fleece.block.remote import RemoteNode
 from nbdwire import constants as c
 from nbdwire import followers
 from nbdwire.connection import PlainSession
+from nbdwire.export import OPAQUE_RUN, ZERO_RUN, Run
 from nbdwire.uri import NBDURI
 from tests.support import nbdraw as raw
 from tests.support.faulty import Hooked
@@ -106,12 +107,41 @@ def test_illegal_requests_are_refused_in_step(client: Raw) -> None:
     ]:
         assert client.ask(kind, offset, length, flags).error == error
     for length, flags, error in [
-        (MOST + 1, 0, c.NBD_EINVAL),
         (100, raw.DF, c.NBD_EINVAL),
         (0, 0, c.NBD_EINVAL),
     ]:
         assert client.write(0, bytes(length), flags) == error
     client.in_step()
+
+
+class Sparse(Hooked):
+    """Its map is made of its extents."""
+
+    def map(self, offset: int, length: int) -> list[Run]:
+        return [
+            (ZERO_RUN if extent.status & c.STATE_ZERO else OPAQUE_RUN, 0, extent.length)
+            for extent in self.extents(offset, length)
+        ]
+
+
+@pytest.mark.parametrize("form", ["structured", "extended"])
+def test_known_holes_travel_as_hole_chunks(tmp_path: Path, form: str) -> None:
+    """nbd.md §7: inside the request, no overlap, DONE last; with DF one chunk of data."""
+    node = Sparse(SIZE, blocking=True)
+    data = noise(128 << 10)
+    node.pwrite(data, 128 << 10)
+    with serving(tmp_path, node) as (_, where), connected(where, **FORMS[form]) as client:
+        reply = client.ask(raw.READ, 0, 512 << 10)
+        kinds = [(chunk.kind, chunk.span) for chunk in reply.chunks]
+        assert kinds == [
+            (HOLE, (0, 128 << 10)),
+            (DATA, (128 << 10, 128 << 10)),
+            (HOLE, (256 << 10, 256 << 10)),
+        ]
+        assert reply.assemble(0, 512 << 10) == bytes(128 << 10) + data + bytes(256 << 10)
+        whole = client.ask(raw.READ, 0, 512 << 10, raw.DF)
+        assert [chunk.kind for chunk in whole.chunks] == [DATA]
+        assert whole.assemble(0, 512 << 10) == reply.assemble(0, 512 << 10)
 
 
 def test_a_payload_above_the_maximum_is_consumed_or_ends_the_connection(client: Raw) -> None:

@@ -211,6 +211,8 @@ class FileNode(Node):
             raise OSError(self._sync_failed, os.strerror(self._sync_failed), self.name)
         if self.read_only:
             return
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
         try:
             os.fdatasync(self._fd)
         except OSError as error:

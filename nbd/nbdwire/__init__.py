@@ -5,6 +5,8 @@
 `nbdwire.export.Export`, and so has a `Client`. The errors are printed in `nbdwire.errors`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from nbdwire.client import Client, connect, describe, list_contexts, list_exports
 from nbdwire.errors import (
     ConnectionClosed,
@@ -25,9 +27,11 @@ from nbdwire.extents import Extent
 from nbdwire.pipeline import Pipeline, Ticket
 from nbdwire.pool import Pool, connect_pool
 from nbdwire.reconnect import Policy, Reconnecting
-from nbdwire.server import Server
 from nbdwire.uri import NBDURI
 from nbdwire.uri import parse as parse_uri
+
+if TYPE_CHECKING:
+    from nbdwire.server import Server
 
 __all__ = [
     "NBDURI",
@@ -59,3 +63,12 @@ __all__ = [
     "list_exports",
     "parse_uri",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The server is loaded when it is asked for: a client should start fast."""
+    if name != "Server":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nbdwire.server import Server
+
+    return Server

@@ -12,7 +12,7 @@ from nbdwire import constants as c
 from nbdwire.codec import status_filter
 from nbdwire.errors import RequestError
 from nbdwire.negotiate_client import ClientSession
-from nbdwire.replies import Pending
+from nbdwire.pending import Pending
 
 # Requests without payload are cut too: servers differ in what they make of more than 31 bits.
 _COMPACT_EFFECT: Final = 1 << 30

@@ -28,9 +28,9 @@ from nbdwire.negotiate_client import (
     client_list_contexts,
 )
 from nbdwire.opening import CONNECT_TIMEOUT, open_stream
+from nbdwire.pending import Pending
 from nbdwire.pipeline import DEPTH, Pipeline
 from nbdwire.reconnect import Policy, Reconnecting
-from nbdwire.replies import Pending
 from nbdwire.transport import Stream, Upgrader
 from nbdwire.uri import NBDURI, parse
 
@@ -46,10 +46,18 @@ class Client:
     ``session.minimum_block`` above 1, it may refuse what is not aligned to it.
     """
 
-    def __init__(self, sock: socket.socket | Stream, session: ClientSession) -> None:
-        """Take over ``sock``, on which the handshake has led to ``session``."""
+    def __init__(
+        self,
+        sock: socket.socket | Stream,
+        session: ClientSession,
+        request_timeout: float | None = None,
+    ) -> None:
+        """Take over ``sock``, on which the handshake has led to ``session``.
+
+        ``request_timeout``: see `connect`.
+        """
         self.session = session
-        self.link = Link(sock, session)
+        self.link = Link(sock, session, request_timeout)
         self._payload = payload_limit(session)
         self._effect_limit = effect_limit(session)
         self._names = dict(session.contexts)
@@ -215,6 +223,7 @@ def connect(
     extended: bool = ...,
     tls: Upgrader | None = ...,
     timeout: float = ...,
+    request_timeout: float | None = ...,
     reconnect: None = None,
 ) -> Client: ...
 
@@ -228,6 +237,7 @@ def connect(
     extended: bool = ...,
     tls: Upgrader | None = ...,
     timeout: float = ...,
+    request_timeout: float | None = ...,
     reconnect: Policy,
 ) -> Reconnecting: ...
 
@@ -240,6 +250,7 @@ def connect(
     extended: bool = True,
     tls: Upgrader | None = None,
     timeout: float = CONNECT_TIMEOUT,
+    request_timeout: float | None = None,
     reconnect: Policy | None = None,
 ) -> Client | Reconnecting:
     """Connect to the export that ``uri`` names.
@@ -247,7 +258,10 @@ def connect(
     ``contexts`` are the metadata contexts to ask for; what the server lacks is simply not in
     `Client.contexts`. Extended headers and structured replies are used if the server has them and
     the caller does not forbid them. ``tls`` makes a socket TLS; without it the URI decides, and
-    its ``tls-*`` parameters. ``timeout`` is in seconds, for connecting and the handshake together.
+    its ``tls-*`` parameters. ``timeout`` is in seconds, for connecting and the handshake together;
+    ``request_timeout`` for each request after that (None: it may take for ever). When a request is
+    not answered in time (a server that hangs, or dribbles), it and all others in flight raise
+    ConnectionClosed at most an eighth later, and the connection is over.
     With a ``reconnect`` policy a lost connection is opened again: `nbdwire.reconnect`.
     URIError, OSError (no connection), NegotiationError (refused), ProtocolError or
     ConnectionClosed.
@@ -259,7 +273,7 @@ def connect(
         handshake = client_handshake(
             where.export, contexts, structured, extended=extended, tls=secure
         )
-        return Client(*open_stream(where, handshake, timeout, tls))
+        return Client(*open_stream(where, handshake, timeout, tls), request_timeout)
 
     return once() if reconnect is None else Reconnecting(once, reconnect)
 

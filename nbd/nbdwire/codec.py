@@ -10,7 +10,7 @@ from struct import Struct
 from typing import Final
 
 from nbdwire import constants as c
-from nbdwire.errors import ProtocolError
+from nbdwire.errors import NegotiationError, ProtocolError
 
 # Handshake
 GREETING: Final = Struct(">QQH")  # NBDMAGIC, IHAVEOPT, handshake flags
@@ -60,6 +60,16 @@ def clip_string(text: str, limit: int = c.MAX_STRING) -> bytes:
     return data.decode("utf-8", "ignore").encode()
 
 
+def string(text: str) -> bytes:
+    """``text`` as it is sent. NegotiationError if the protocol has no way to say it."""
+    data = text.encode("utf-8", "surrogatepass")
+    try:
+        parse_string(data)
+    except ProtocolError as problem:
+        raise NegotiationError(f"{text[:64]!r} cannot be asked for: {problem}") from None
+    return data
+
+
 def option_request(option: int, data: bytes = b"") -> bytes:
     """A client's option with its data."""
     return OPTION.pack(c.IHAVEOPT, option, len(data)) + data
@@ -81,16 +91,18 @@ def sized(data: bytes) -> bytes:
 
 
 def info_request(name: str, infos: tuple[int, ...] = ()) -> bytes:
-    """The data of INFO and GO: an export's name and the INFO_* numbers that are wanted."""
+    """The data of INFO and GO: an export's name and the INFO_* numbers that are wanted.
+
+    NegotiationError: the name is no string of the protocol.
+    """
     wanted = b"".join(U16.pack(info) for info in infos)
-    return sized(name.encode()) + U16.pack(len(infos)) + wanted
+    return sized(string(name)) + U16.pack(len(infos)) + wanted
 
 
 def context_request(name: str, queries: tuple[str, ...]) -> bytes:
-    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
-    return (
-        sized(name.encode()) + U32.pack(len(queries)) + b"".join(sized(q.encode()) for q in queries)
-    )
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT; errors as in `info_request`."""
+    asked = b"".join(sized(string(query)) for query in queries)
+    return sized(string(name)) + U32.pack(len(queries)) + asked
 
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:

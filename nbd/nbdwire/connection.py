@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdwire.access import Peer
 from nbdwire.catalogue import TOO_MANY, Catalogue, Terms
+from nbdwire.crew import Crew, Task
 from nbdwire.errors import ConnectionClosed, NBDError, PolicyRefused
 from nbdwire.exports import Exports
 from nbdwire.followers import Followers
@@ -75,12 +76,16 @@ class Connection:
         self._loop: Loop | None = None
         self._why = ""
         self._closing = threading.Lock()
-        self.thread = threading.Thread(target=self.run, name=f"nbd-{self.number}", daemon=True)
+        self.task = Task()
 
     @property
     def peer(self) -> Peer:
         """The other end, as far as it is known."""
         return self._catalogue.peer
+
+    def start(self, crew: Crew) -> None:
+        """Serve the client in a thread of ``crew``; RuntimeError if there is none to be had."""
+        crew.do(self.run, self.task, f"nbd-{self.number}")
 
     def run(self) -> None:
         """Serve the client until it leaves, breaks the protocol, or is hung up."""

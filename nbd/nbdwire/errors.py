@@ -169,3 +169,10 @@ def to_wire(number: int | None) -> int:
 def from_wire(number: int) -> int:
     """The errno for the protocol's error number; an unknown one is EINVAL, as the spec asks."""
     return _FROM_WIRE.get(number, errno.EINVAL)
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether the connection is over. Also a server that answers ESHUTDOWN is about to go."""
+    return isinstance(error, ConnectionClosed) or (
+        isinstance(error, RequestError) and error.errno == errno.ESHUTDOWN
+    )

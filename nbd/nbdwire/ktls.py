@@ -141,6 +141,10 @@ class KernelTLSStream:
         self._must_be_secure()
         return self._sock.sendmsg(buffers)
 
+    def pending(self) -> int:
+        """Bytes that have been decrypted and not received."""
+        return self._tls.pending()
+
     def _must_be_secure(self) -> None:
         if self._said_goodbye:  # or the handshake is not done
             raise TLSError("TLS with the client is over, or has not begun")

@@ -11,23 +11,37 @@ wanted.
 import contextlib
 import socket
 import threading
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from nbdwire import constants as c
 from nbdwire.codec import EXTENDED_REQUEST, REQUEST
 from nbdwire.errors import ConnectionClosed, NBDError
 from nbdwire.negotiate_client import ClientSession
-from nbdwire.replies import Pending, ReplyReader
+from nbdwire.pending import Pending
+from nbdwire.replies import ReplyReader
 from nbdwire.transport import Receiver, Stream, send_all
+from nbdwire.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_QUEUE_BYTES: Final = 32 << 10  # of payload: it must fit into the buffers of any socket
 _SEND_BUFFER: Final = 2 << 20  # bytes; the kernel grants net.core.wmem_max at most
+
+
+Sink: TypeAlias = "Callable[[Link, list[Pending]], None]"
 
 
 class Link:
     """The requests in flight on one connection. All methods may be called from any thread."""
 
-    def __init__(self, stream: Stream, session: ClientSession) -> None:
-        """Take over ``stream`` (a socket, or what looks like one), which is in transmission."""
+    def __init__(
+        self, stream: Stream, session: ClientSession, timeout: float | None = None
+    ) -> None:
+        """Take over ``stream`` (a socket, or what looks like one), which is in transmission.
+
+        ``timeout``: seconds that a request may take (None: for ever); then the connection is over.
+        """
         self.session = session
         self._stream = stream
         _widen(stream)
@@ -45,13 +59,25 @@ class Link:
         self._failure: NBDError | None = None
         self._closed = False
         self._replies = ReplyReader(
-            Receiver(stream), self._pending.get, session.structured, session.extended
+            Receiver(stream), self._pending, session.structured, session.extended
         )
+        self._sink: Sink | None = None
+        self._queue: list[bytes | memoryview] = []  # not sent yet
+        self._queued = self._queued_bytes = 0  # requests in it, bytes
+        self._watchdog = None if timeout is None else Watchdog(self, timeout)
+        if self._watchdog is not None:
+            self._watchdog.start()
+        self._again = False  # a thread that sends looks at the queue once more
 
     @property
     def failure(self) -> NBDError | None:
         """Why the connection is over; None as long as it is not."""
         return self._failure
+
+    def in_flight(self) -> tuple[int, int | None]:
+        """The newest cookie, and the oldest in flight (None: nothing is)."""
+        with self._state:
+            return self._cookie, min(self._pending.copy(), default=None)
 
     # Requests
 
@@ -61,13 +87,7 @@ class Link:
         Raises only if the connection was over before.
         """
         with self._state:
-            if self._failure is not None:
-                self._raise_failure()
-            self._cookie += 1
-            pending.cookie = self._cookie
-            self._pending[pending.cookie] = pending
-            if self._idle:
-                self._work.notify()
+            self._register(pending)
         try:
             self._send(pending, flags, payload)
         except (NBDError, OSError) as error:
@@ -76,30 +96,105 @@ class Link:
             self.fail(error)
             raise
 
-    def _send(self, pending: Pending, flags: int, payload: memoryview | None) -> None:
+    def _register(self, pending: Pending) -> None:
+        if self._failure is not None:
+            self._raise_failure()
+        self._cookie += 1
+        pending.cookie = self._cookie
+        self._pending[pending.cookie] = pending
+        if self._idle:
+            self._work.notify()
+
+    def queue(self, pending: Pending, flags: int, payload: memoryview | None, most: int) -> None:
+        """As `submit`, but the request may be sent later, together with others.
+
+        It is, when there are ``most`` of them, when they are large, when somebody calls `push`,
+        or when everything that has been sent is answered. Only while a reader thread runs.
+        """
+        with self._state:
+            self._register(pending)
+            self._queue.append(self._header_of(pending, flags, payload))
+            if payload is not None:
+                self._queue.append(payload)
+                self._queued_bytes += len(payload)
+            self._queued += 1
+            later = (
+                self._queued < most
+                and self._queued_bytes < _QUEUE_BYTES
+                and self._queued < len(self._pending)
+            )
+        if not later:
+            self.push()
+
+    def push(self) -> None:
+        """Send what is queued."""
+        while self._queue:
+            with self._send_lock:
+                self._send_queue()
+            if not self._again:
+                return
+
+    def _send_queue(self) -> None:
+        with self._state:
+            queue, self._queue, payload = self._queue, [], self._queued_bytes
+            self._queued = self._queued_bytes = 0
+            self._again = False
+        try:
+            if payload:
+                send_all(self._stream, *queue)
+            else:
+                send_all(self._stream, b"".join(queue))
+        except (NBDError, OSError) as error:
+            self.fail(error)
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _push_if_starving(self) -> None:
+        """Nothing is on its way to the server, and so nobody else may come to push the queue.
+
+        The reader may do that because it cannot be held up: the server has answered everything and
+        a queue is small enough for the socket's buffers. A thread that is sending at this moment
+        may be held up until we read; so that one is told to look again, and not waited for.
+        """
+        self._again = True
+        if self._send_lock.acquire(blocking=False):
+            try:
+                self._send_queue()
+            finally:
+                self._send_lock.release()
+
+    def _header_of(self, pending: Pending, flags: int, payload: memoryview | None) -> bytes:
         length = pending.length
         if payload is not None and self.session.extended:
             flags |= c.CMD_FLAG_PAYLOAD_LEN
             length = len(payload)
-        header = self._header.pack(
+        return self._header.pack(
             self._magic, flags, pending.kind, pending.cookie, pending.offset, length
         )
+
+    def _send(self, pending: Pending, flags: int, payload: memoryview | None) -> None:
+        header = self._header_of(pending, flags, payload)
         with self._send_lock:
             if payload is None:
                 send_all(self._stream, header)
             else:
                 send_all(self._stream, header, payload)
+        if self._again:
+            self.push()
 
     def wait(self, pending: Pending) -> None:
         """Return when the reply is there. ProtocolError, ConnectionClosed: it never will be."""
         with self._state:
             follow = not pending.done and self._leading
-            pending.waiting = follow
-            if not (pending.done or follow):
+            if follow:
+                wake = pending.wake = threading.Lock()
+                wake.acquire()
+            elif not pending.done:
                 pending.leads = self._leading = True
         if follow:
             try:
-                pending.wake.acquire()  # its reply is there, all is lost, or it leads now
+                wake.acquire()  # its reply is there, all is lost, or it leads now
             except BaseException as error:
                 self.fail(error, leader=pending.leads)
                 raise
@@ -114,7 +209,7 @@ class Link:
         """Read replies until that of ``own`` is there; then let another thread lead."""
         try:
             while not own.done:
-                self._read_one()
+                self._read_some()
         except (NBDError, OSError) as error:
             self.fail(error, leader=True)
             return
@@ -123,24 +218,34 @@ class Link:
             raise
         with self._state:
             lost = self._pass_on()
-        _tell(lost)
+        self._tell(lost)
 
-    def _read_one(self) -> None:
-        finished = self._replies.read()
-        if finished is None:
-            return
+    def _read_some(self) -> None:
+        finished: list[Pending] = []
+        try:
+            self._replies.read(finished)
+        finally:  # what came before something was wrong has come
+            self._finish(finished)
+
+    def _finish(self, finished: list[Pending]) -> None:
         with self._state:
-            del self._pending[finished.cookie]
-            self._wake(finished)
-        if finished.then is not None:
-            finished.then(finished)
+            for pending in finished:
+                self._wake(pending)
+            starving = 0 < self._queued == len(self._pending)
+        if starving:
+            self._push_if_starving()
+        self._tell(finished)
 
-    def start_reader(self) -> threading.Thread:
-        """A thread that reads all replies, until `stop_reader`. RuntimeError if there is one."""
+    def start_reader(self, sink: Sink) -> threading.Thread:
+        """A thread that reads all replies, until `stop_reader`. RuntimeError if there is one.
+
+        ``sink`` is called, without a lock, with requests that have tickets and are done or lost.
+        """
         with self._state:
             if self._reader_wanted:
                 raise RuntimeError("this connection has a reader thread already")
             self._reader_wanted = True
+            self._sink = sink
         thread = threading.Thread(target=self._read_all, name="nbd-reader", daemon=True)
         thread.start()
         return thread
@@ -157,7 +262,7 @@ class Link:
             self._leading = True
         try:
             while self._more_to_read():
-                self._read_one()
+                self._read_some()
         except BaseException as error:  # whatever it is, nobody else would read on
             self.fail(error, leader=True)
 
@@ -171,8 +276,14 @@ class Link:
             if self._pending and self._failure is None:
                 return True
             lost = self._pass_on()
-        _tell(lost)
+        self._tell(lost)
         return False
+
+    def _tell(self, over: list[Pending]) -> None:
+        """Those that have tickets go to the pipeline, which is one at a time."""
+        mine = [pending for pending in over if pending.ticket is not None]
+        if mine and self._sink is not None:
+            self._sink(self, mine)
 
     # Helpers that want self._state to be held
 
@@ -180,19 +291,19 @@ class Link:
         """Let another thread lead. Returns those that are lost, to be told without the lock."""
         if self._failure is not None:
             return self._abandon()
-        heir = next((x for x in self._pending.values() if x.waiting), None)
-        if heir is None or self._reader_wanted:
+        heir = next((x for x in self._pending.values() if x.wake is not None), None)
+        if heir is None or heir.wake is None or self._reader_wanted:
             self._stop_leading()
         else:
-            heir.waiting, heir.leads = False, True
+            heir.leads = True
             heir.wake.release()
         return []
 
     def _wake(self, pending: Pending) -> None:
         pending.view = None
         pending.done = True
-        pending.waiting = False
-        pending.wake.release()
+        if pending.wake is not None:
+            pending.wake.release()
 
     def _stop_leading(self) -> None:
         self._leading = False
@@ -201,6 +312,8 @@ class Link:
     def _abandon(self) -> list[Pending]:
         lost = list(self._pending.values())
         self._pending.clear()
+        self._queue.clear()
+        self._queued = self._queued_bytes = 0
         for pending in lost:
             pending.lost = True
             self._wake(pending)
@@ -218,11 +331,13 @@ class Link:
         with self._state:
             if self._failure is None:
                 self._failure = _as_fatal(error)
+                if self._watchdog is not None:
+                    self._watchdog.stop()
                 with contextlib.suppress(OSError):
                     self._stream.shutdown(socket.SHUT_RDWR)
             lost = self._abandon() if leader or not self._leading else []
             self._work.notify()
-        _tell(lost)
+        self._tell(lost)
 
     def close(self) -> None:
         """Say good-bye if nothing is in flight, and close. What others wait for fails."""
@@ -259,12 +374,6 @@ def _widen(stream: Stream) -> None:
     if isinstance(stream, socket.socket) and stream.family == socket.AF_UNIX:
         with contextlib.suppress(OSError):
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-
-
-def _tell(lost: list[Pending]) -> None:
-    for pending in lost:
-        if pending.then is not None:
-            pending.then(pending)
 
 
 def _as_fatal(error: BaseException) -> NBDError:

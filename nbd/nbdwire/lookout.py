@@ -12,7 +12,7 @@ import select
 import threading
 from os import sched_yield
 from time import perf_counter
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from nbdwire.transport import Stream
 
@@ -23,14 +23,27 @@ LOOK: Final = 50e-6
 """Seconds to look for its next request."""
 
 
+IDLE: Final = 1000
+"""Milliseconds: a client that was silent so long needs no buffers for what it asked before."""
+
+
+@runtime_checkable
+class SecureStream(Stream, Protocol):
+    """A stream that receives whole records, and hands them out in parts."""
+
+    def pending(self) -> int:
+        """Bytes that it has received and not handed out; not 0 for some, encrypted or not."""
+        ...
+
+
 class Lookout:
     """For one connection.
 
     ``turn`` is shared by a server's connections: one of them looks at a time, for more would only
-    take the processor from each other.
+    take the processor from each other. ``idle`` becomes true when nothing came for IDLE.
     """
 
-    __slots__ = ("_lively", "_poll", "_turn")
+    __slots__ = ("_lively", "_poll", "_turn", "idle")
 
     def __init__(self, sock: Stream, turn: threading.Lock) -> None:
         poller = select.poll()
@@ -38,6 +51,7 @@ class Lookout:
         self._poll = poller.poll
         self._turn = turn
         self._lively = False
+        self.idle = False
 
     def begin(self) -> float:
         """Call it before the socket is read. Returns the time, in seconds, which `end` wants."""
@@ -48,6 +62,8 @@ class Lookout:
                     sched_yield()
             finally:
                 self._turn.release()
+        elif not self._lively and not self._poll(IDLE):
+            self.idle = True
         return began
 
     def end(self, began: float) -> float:
@@ -57,11 +73,22 @@ class Lookout:
         return now
 
 
-class Sleeper(Lookout):
-    """For a stream whose descriptor does not tell whether there is input: it just sleeps."""
+class SecureLookout(Lookout):
+    """For a stream that may have received what the socket does not tell of any more."""
 
-    __slots__ = ()
+    __slots__ = ("_pending",)
+
+    def __init__(self, stream: SecureStream, turn: threading.Lock) -> None:
+        super().__init__(stream, turn)
+        self._pending = stream.pending
 
     def begin(self) -> float:
-        """The time."""
-        return perf_counter()
+        """As in `Lookout`; what has been received already is not looked for."""
+        return perf_counter() if self._pending() else super().begin()
+
+
+def look_at(stream: Stream, turn: threading.Lock) -> Lookout:
+    """The lookout that suits ``stream``."""
+    if isinstance(stream, SecureStream):
+        return SecureLookout(stream, turn)
+    return Lookout(stream, turn)

@@ -37,7 +37,8 @@ TLSMode: TypeAlias = Literal["off", "allowed", "required"]
 """Section "Server-side requirements": NOTLS, SELECTIVETLS (see `ExportInfo`), FORCEDTLS."""
 
 _HANDSHAKE_FLAGS: Final = c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES
-_NEVER: Final = c.TFLAG_SEND_RESIZE  # an extension that is not done here must not be offered
+# RESIZE, an extension that is not done here, and what no specification knows are never offered.
+_NEVER: Final = c.TFLAG_SEND_RESIZE | ~((c.TFLAG_BLOCK_STATUS_PAYLOAD << 1) - 1)
 _UNKNOWN_EXPORT: Final = "there is no export of that name; the option LIST tells the names"
 _TLS_FIRST: Final = "this server wants TLS first: send STARTTLS"
 _TLS_FOR_EXPORT: Final = "no export of that name is offered without TLS; check the name, or use TLS"

@@ -229,7 +229,7 @@ def _select(export: str, contexts: tuple[str, ...]) -> Handshake[tuple[tuple[int
 
 def _export_name(session: ClientSession, flags: int) -> Handshake[ClientSession]:
     """Enter transmission with EXPORT_NAME; a server that refuses closes the connection."""
-    yield codec.option_request(c.OPT_EXPORT_NAME, session.name.encode())
+    yield codec.option_request(c.OPT_EXPORT_NAME, codec.string(session.name))
     head = yield codec.EXPORT_NAME_REPLY.size
     if not flags & c.FLAG_NO_ZEROES:
         yield len(codec.EXPORT_NAME_ZEROES)

@@ -9,15 +9,20 @@ import errno
 import os
 import socket
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdwire import constants as c
 from nbdwire.errors import ConnectionClosed
 from nbdwire.export import ZERO_RUN, Run
 from nbdwire.limits import FREE, Share
+from nbdwire.pages import give_back, pages
 from nbdwire.requests import Requests
 from nbdwire.transport import Stream
 from nbdwire.wire import StructuredWire
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Callable
 
 OUT_SIZE: Final = 256 << 10
 KEEP_SIZE: Final = 5 << 20  # buffers that grew beyond it are given back, lest idle clients pin them
@@ -46,6 +51,7 @@ class Outgoing:
         "_out",
         "_out_view",
         "_requests",
+        "_rest_stream",
         "_send_file",
         "_share",
         "_stream",
@@ -57,12 +63,14 @@ class Outgoing:
         self._stream = stream
         self._requests = requests
         self._wire = requests.wire
-        self._out = bytearray(OUT_SIZE)
+        self._out = pages(OUT_SIZE)
         self._out_view = memoryview(self._out)
         self._used = 0
-        self._data = bytearray()  # large reads that cannot be sent from a file
+        # Large reads that cannot be sent from a file.
+        self._data: mmap.mmap | bytearray = bytearray()
         self._share: Share | None = requests.account.share() if requests.account else None
         secure = getattr(stream, "secure", False)
+        self._rest_stream: Callable[[], None] | None = getattr(stream, "rest", None)
         can_sendfile = not secure or getattr(stream, "can_sendfile", False)
         self._send_file = self._sendfile if can_sendfile else self._copy_file
 
@@ -75,7 +83,7 @@ class Outgoing:
         self._used = end
 
     def _replace_out(self, size: int) -> None:
-        grown = bytearray(size)
+        grown = pages(size)
         grown[: self._used] = self._out_view[: self._used]
         self._out, self._out_view = grown, memoryview(grown)
 
@@ -83,7 +91,7 @@ class Outgoing:
         self._stream.sendall(self._out_view[: self._used])
         self._used = 0
         if len(self._out) > OUT_SIZE:
-            self._out = bytearray(OUT_SIZE)
+            self._out = pages(OUT_SIZE)
             self._out_view = memoryview(self._out)
 
     def _send_with(self, payload: memoryview) -> None:
@@ -125,7 +133,7 @@ class Outgoing:
         if self._share is not None:
             self._share.take(length + others)
         self._data = bytearray()  # not two of them at once
-        self._data = bytearray(length)
+        self._data = pages(length)
 
     def _shrink_data(self, others: int) -> bool:
         """Give back what is too large to keep; whether ``others`` bytes elsewhere may be kept."""
@@ -135,6 +143,15 @@ class Outgoing:
             return True
         self._data = bytearray()
         return False
+
+    def _rest_sending(self) -> None:
+        """Have no memory for what was sent last; the other buffers have no more than FREE."""
+        give_back(self._out)
+        self._data = bytearray()
+        if self._share is not None:
+            self._share.keep(0)
+        if self._rest_stream is not None:
+            self._rest_stream()
 
     # Runs
 
@@ -220,7 +237,7 @@ class Outgoing:
     def _copy_file(self, fd: int, host: int, count: int) -> int:
         """As `_sendfile`, through a buffer."""
         if len(self._data) < COPY_SIZE:
-            self._data = bytearray(COPY_SIZE)
+            self._data = pages(COPY_SIZE)
         view = memoryview(self._data)[: min(count, COPY_SIZE)]
         got = os.preadv(fd, [view], host)
         try:

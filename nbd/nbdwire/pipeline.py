@@ -24,7 +24,7 @@ from nbdwire.checks import (
 )
 from nbdwire.errors import ConnectionClosed, NBDError, RequestError
 from nbdwire.extents import Extent
-from nbdwire.replies import Pending
+from nbdwire.pending import Pending
 
 if TYPE_CHECKING:
     from nbdwire.client import Client
@@ -43,25 +43,22 @@ class Ticket:
     ConnectionClosed.
     """
 
-    __slots__ = ("_left", "_names", "_pipeline", "_then", "_wake", "done", "error", "statuses")
+    # Not slots: what most tickets never need costs nothing when one is made.
+    done = False
+    error: NBDError | None = None
+    _names: "dict[int, str] | None" = None  # of the contexts that were asked for
+    _wake: "threading.Lock | None" = None  # of a thread that waits for it
 
     def __init__(self, pipeline: "Pipeline", then: "Callback | None", parts: int = 1) -> None:
-        self.done = False
-        self.error: NBDError | None = None
         self.statuses: dict[str, list[Extent]] = {}
-        self._names: dict[int, str] = {}
         self._pipeline = pipeline
         self._then = then
         self._left = parts
-        self._wake = threading.Lock()
-        self._wake.acquire()
 
     def result(self) -> dict[str, list[Extent]]:
         """Wait; raise ``error`` if there is one. Returns what `Pipeline.status` was asked for."""
         if not self.done:
-            self._pipeline._not_in_a_callback()
-            with self._wake:  # held from the beginning until it is done
-                pass
+            self._pipeline._wait(self)
         if self.error is not None:
             self._pipeline._seen(self)
             raise self.error
@@ -95,8 +92,9 @@ class Pipeline:
         self._next = 0
         self._payload = payload_limit(self.session)
         self._effect_limit = effect_limit(self.session)
-        # Whoever waits for a place is woken when a quarter is free: it then sends a batch.
+        # Whoever waits for a place is woken when a part is free: it then sends a batch.
         self._low = depth - max(1, depth // 4)
+        self._batch = max(1, depth // 4 // len(clients))
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._empty = threading.Condition(self._lock)
@@ -104,13 +102,14 @@ class Pipeline:
         self._waiting = 0
         self._failed: dict[Ticket, None] = {}
         self._closed = False
+        self._calling: set[int] = set()  # threads that are in a callback
         self._readers = self._start_readers()
 
     def _start_readers(self) -> list[threading.Thread]:
         started: list[threading.Thread] = []
         try:
             for link in self._links:
-                started.append(link.start_reader())
+                started.append(link.start_reader(self._over))
         except BaseException:
             for link in self._links[: len(started)]:
                 link.stop_reader()
@@ -207,6 +206,7 @@ class Pipeline:
     def drain(self) -> None:
         """Wait until nothing is in flight; raise the first error that nobody has looked at."""
         self._not_in_a_callback()
+        self._push()
         with self._lock:
             self._empty.wait_for(lambda: not self._in_flight)
             failed = next(iter(self._failed), None)
@@ -221,6 +221,8 @@ class Pipeline:
             if self._closed:
                 return
             self._closed = True
+        self._push()
+        with self._lock:
             self._empty.wait_for(lambda: not self._in_flight)
         for link in self._links:
             link.stop_reader()
@@ -228,9 +230,26 @@ class Pipeline:
             thread.join()
 
     def _not_in_a_callback(self) -> None:
-        # Not by number: that of a reader that has ended may be another thread's by now.
-        if threading.current_thread() in self._readers:
+        if self._calling and threading.get_ident() in self._calling:
             raise RuntimeError("a callback must not use the pipeline that has called it")
+
+    def _push(self) -> None:
+        """Send what is queued: somebody waits for it."""
+        for link in self._links:
+            link.push()
+
+    def _wait(self, ticket: Ticket) -> None:
+        self._not_in_a_callback()
+        self._push()
+        with self._lock:
+            if ticket.done:
+                return
+            if ticket._wake is None:
+                ticket._wake = threading.Lock()
+                ticket._wake.acquire()
+            wake = ticket._wake
+        with wake:  # held until it is done
+            pass
 
     # Sending
 
@@ -243,7 +262,7 @@ class Pipeline:
     def _nothing(self, then: Callback | None) -> Ticket:
         """A ticket that is done: there is nothing to ask."""
         ticket = Ticket(self, then)
-        self._complete(ticket)
+        self._call(ticket)
         return ticket
 
     def _send_data(
@@ -254,7 +273,7 @@ class Pipeline:
             return self._nothing(then)
         ticket = Ticket(self, then, -(-length // step))
         for start in range(0, length, step):
-            part = view[start : start + step]
+            part = view if length <= step else view[start : start + step]
             pending = Pending(kind, offset + start, len(part), None if write else part)
             self._submit(ticket, pending, flags, part if write else None)
         return ticket
@@ -280,76 +299,110 @@ class Pipeline:
         self, ticket: Ticket, pending: Pending, flags: int, payload: memoryview | None
     ) -> None:
         link = self._take_place()
-        pending.then = lambda done: self._part_done(ticket, done, link)
+        pending.ticket = ticket
         try:
-            link.submit(pending, flags, payload)
-        except NBDError:  # it was over before: nobody will call back
+            link.queue(pending, flags, payload, self._batch)
+        except NBDError:  # it was over before: nobody will tell us
             pending.lost = True
-            self._part_done(ticket, pending, link)
+            self._over(link, [pending])
 
     def _take_place(self) -> "Link":
         """Wait for a place among those in flight. Connections take turns."""
         self._not_in_a_callback()
         with self._lock:
+            if self._in_flight >= self.depth:
+                self._make_room()
             if self._closed:
                 raise RuntimeError("this pipeline has been closed")
-            if self._in_flight >= self.depth:
-                self._waiting += 1
-                self._room.wait_for(lambda: self._in_flight <= self._low)
-                self._waiting -= 1
             self._in_flight += 1
             self._next = (self._next + 1) % len(self._links)
             return self._links[self._next]
 
+    def _make_room(self) -> None:
+        self._lock.release()
+        try:
+            self._push()
+        finally:
+            self._lock.acquire()
+        self._waiting += 1
+        self._room.wait_for(lambda: self._in_flight <= self._low)
+        self._waiting -= 1
+
     # Completions
 
-    def _part_done(self, ticket: Ticket, pending: Pending, link: "Link") -> None:
+    def _over(self, link: "Link", parts: list[Pending]) -> None:
+        """These requests are answered or lost."""
+        called: list[Ticket] = []
+        with self._lock:
+            free = 0
+            for pending in parts:
+                ticket = pending.ticket
+                if ticket is None:
+                    continue
+                if pending.lost or pending.error is not None or pending.status:
+                    self._note(ticket, pending, link)
+                ticket._left -= 1
+                if ticket._left:
+                    free += 1
+                elif ticket._then is None:
+                    self._complete(ticket)
+                    free += 1
+                else:
+                    called.append(ticket)
+            if free:
+                self._give_places(free)
+        for ticket in called:
+            self._call(ticket)
+            with self._lock:
+                self._give_places(1)
+
+    def _note(self, ticket: Ticket, pending: Pending, link: "Link") -> None:
+        """What went wrong, or what was asked for."""
         if pending.lost:
             failure = link.failure or ConnectionClosed("the connection is lost")
             ticket.error = ticket.error or type(failure)(*failure.args)
         elif pending.error is not None:
             ticket.error = ticket.error or RequestError(*pending.error)
         for number, extents in pending.status.items():
-            if number in ticket._names:
+            if ticket._names is not None and number in ticket._names:
                 ticket.statuses[ticket._names[number]] = extents
-        with self._lock:
-            ticket._left -= 1
-            last = not ticket._left
-        try:
-            if last:
-                self._complete(ticket)
-        finally:
-            self._give_place()
 
     def _complete(self, ticket: Ticket) -> None:
-        then = ticket._then
-        if ticket.error is not None and then is None:
+        """The lock is held. A callback takes the error upon itself."""
+        if ticket.error is not None and ticket._then is None:
             self._remember(ticket)
         ticket.done = True
-        ticket._wake.release()
-        if then is None:
-            return
+        if ticket._wake is not None:
+            ticket._wake.release()
+
+    def _call(self, ticket: Ticket) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            self._complete(ticket)
+        self._calling.add(me)
         try:
-            then(ticket)
+            if ticket._then is not None:
+                ticket._then(ticket)
         except Exception as error:  # a fault of the caller's: told to whoever drains
             failed = Ticket(self, None)
             failed.error = NBDError(f"a callback failed: {error!r}")
             failed.error.__cause__ = error
-            self._remember(failed)
+            with self._lock:
+                self._remember(failed)
+        finally:
+            self._calling.discard(me)
 
     def _remember(self, ticket: Ticket) -> None:
-        with self._lock:
-            if len(self._failed) < _REMEMBERED:
-                self._failed[ticket] = None
+        if len(self._failed) < _REMEMBERED:
+            self._failed[ticket] = None
 
     def _seen(self, ticket: Ticket) -> None:
         with self._lock:
             self._failed.pop(ticket, None)
 
-    def _give_place(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-            if self._waiting and self._in_flight <= self._low:
-                self._room.notify()
-            if not self._in_flight:
-                self._empty.notify_all()
+    def _give_places(self, count: int) -> None:
+        self._in_flight -= count
+        if self._waiting and self._in_flight <= self._low:
+            self._room.notify()
+        if not self._in_flight:
+            self._empty.notify_all()

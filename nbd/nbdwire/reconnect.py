@@ -10,7 +10,6 @@ loss fails once with WritesLost (EIO), which names the ranges, as fsync does on 
 wants them stable writes them again and flushes.
 """
 
-import errno
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -25,7 +24,10 @@ from nbdwire.errors import (
     ShuttingDown,
     UnknownExport,
     WritesLost,
+    is_loss,
 )
+from nbdwire.pipeline import DEPTH
+from nbdwire.resuming import ResumingPipeline
 
 if TYPE_CHECKING:
     from nbdwire.client import Client
@@ -117,7 +119,7 @@ class Reconnecting(Delegate):
             try:
                 result = verb(client)
             except (ConnectionClosed, RequestError) as error:
-                if not _is_loss(error):
+                if not is_loss(error):
                     raise
                 self._lose(client)
                 if last:
@@ -126,6 +128,10 @@ class Reconnecting(Delegate):
             self._wrote(generation, *dirty)
             return result
         raise AssertionError("the last round has returned or raised")
+
+    def pipeline(self, depth: int = DEPTH) -> ResumingPipeline:
+        """Requests that need not be waited for, and outlive a loss: at most ``depth`` in flight."""
+        return ResumingPipeline(self, depth)
 
     def flush(self) -> None:
         """`Client.flush`; WritesLost (once after a loss) names what may not have been stored."""
@@ -150,7 +156,7 @@ class Reconnecting(Delegate):
         try:
             client.flush()
         except (ConnectionClosed, RequestError) as error:
-            if _is_loss(error):
+            if is_loss(error):
                 with self._lock:
                     self._doubtful.take_from(covered)
             raise
@@ -221,10 +227,3 @@ class Reconnecting(Delegate):
             client, self._client = self._client, None
         if client is not None:
             client.close()
-
-
-def _is_loss(error: Exception) -> bool:
-    """Also a server that answers ESHUTDOWN is about to go."""
-    return isinstance(error, ConnectionClosed) or (
-        isinstance(error, RequestError) and error.errno == errno.ESHUTDOWN
-    )

@@ -6,32 +6,28 @@ nothing is allocated or skipped that is larger than the specification allows.
 Source: the NBD protocol document, section "Reply types".
 """
 
-import threading
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from struct import Struct
 from typing import Final, Protocol
 
 from nbdwire import constants as c
 from nbdwire.codec import (
     CHUNK_ERROR,
+    CHUNK_OFFSET_DATA,
     CHUNK_SIZE,
     EXTENDED_CHUNK,
+    EXTENDED_CHUNK_SIZE,
+    EXTENDED_OFFSET_DATA,
     EXTENT,
     EXTENT_EXT,
     HOLE,
     OFFSET,
+    SIMPLE_REPLY,
     SIMPLE_REPLY_SIZE,
 )
-from nbdwire.errors import ProtocolError, from_wire
+from nbdwire.errors import ProtocolError
 from nbdwire.extents import Extent
-from nbdwire.negotiate_client import printable
-
-MAX_PIECES: Final = 1 << 16
-"""Disjoint pieces that a read may be in at one time: 32 MiB in sectors, every second one."""
-
-MAX_ERRORS: Final = 1024
-"""Error chunks in one reply."""
+from nbdwire.pending import Pending
 
 _CAP_EXTENTS: Final = 1 << 20  # the protocol's cap on descriptors in one chunk
 _ERROR_CAP: Final = CHUNK_ERROR.size + c.MAX_STRING + 64
@@ -40,7 +36,14 @@ _BATCH: Final = 1 << 12  # descriptors that are parsed at a time
 
 
 class Source(Protocol):
-    """Where the bytes come from: `nbdwire.transport.Receiver`."""
+    """Where the bytes come from: `nbdwire.transport.Receiver`.
+
+    ``buffer[start:stop]`` has arrived; who takes bytes from there moves ``start``.
+    """
+
+    buffer: memoryview
+    start: int
+    stop: int
 
     def take(self, length: int) -> memoryview:
         """The next ``length`` bytes (at most 64 KiB); valid until the next call."""
@@ -51,125 +54,101 @@ class Source(Protocol):
         ...
 
 
-class Coverage:
-    """Which of the bytes ``[start, ...)`` have arrived; each may arrive once."""
-
-    __slots__ = ("_islands", "front")
-
-    def __init__(self, start: int) -> None:
-        self.front = start  # everything before it is there
-        self._islands: list[tuple[int, int]] = []  # behind the front: in order, disjoint
-
-    def add(self, start: int, stop: int) -> None:
-        """``[start, stop)`` arrives now. ProtocolError if a part of it was there already."""
-        islands = self._islands
-        at = bisect_left(islands, (start, stop))
-        if (
-            start < self.front
-            or (at > 0 and islands[at - 1][1] > start)
-            or (at < len(islands) and islands[at][0] < stop)
-        ):
-            raise ProtocolError(f"the server sent the bytes at offset {start} twice")
-        islands.insert(at, (start, stop))
-        self._join(at)
-        if islands[0][0] == self.front:
-            self.front = islands.pop(0)[1]
-        if len(islands) > MAX_PIECES:
-            raise ProtocolError("the server sends a read in too many pieces")
-
-    def _join(self, at: int) -> None:
-        """Join the island ``at`` with its neighbours where they touch."""
-        islands = self._islands
-        if at + 1 < len(islands) and islands[at][1] == islands[at + 1][0]:
-            islands[at : at + 2] = [(islands[at][0], islands[at + 1][1])]
-        if at > 0 and islands[at - 1][1] == islands[at][0]:
-            islands[at - 1 : at + 1] = [(islands[at - 1][0], islands[at][1])]
-
-
-class Pending:
-    """A request that waits for its reply.
-
-    ``view`` takes the data of a READ, and ``contexts`` are the ids that a BLOCK_STATUS must answer.
-    When ``done``, ``error`` is (errno, text) or None, and ``status`` has the extents of each id.
-    ``then`` is called with it, without a lock, by the thread that has read the reply; also when
-    the connection fails before that comes (``lost``).
-    """
-
-    __slots__ = (
-        "contexts", "cookie", "coverage", "done", "error", "errors", "kind", "leads", "length",
-        "lost", "offset", "status", "then", "view", "waiting", "wake",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        kind: int,
-        offset: int,
-        length: int,
-        view: memoryview | None = None,
-        contexts: Collection[int] = (),
-        then: "Callable[[Pending], None] | None" = None,
-    ) -> None:
-        self.contexts = contexts
-        self.then = then
-        self.cookie = 0
-        self.kind = kind
-        self.offset = offset
-        self.length = length
-        self.view = view
-        self.coverage = Coverage(offset)
-        self.status: dict[int, list[Extent]] = {}
-        self.error: tuple[int, str] | None = None
-        self.errors = 0
-        self.done = False
-        self.lost = False  # the connection failed before the reply came
-        self.waiting = False  # for the thread that leads
-        self.leads = False
-        self.wake = threading.Lock()
-        self.wake.acquire()
-
-    def part(self, offset: int, length: int) -> memoryview:
-        """Where ``length`` bytes from ``offset`` go, which must not have arrived before."""
-        if self.view is None:
-            raise ProtocolError("the server sent data for a request that reads none")
-        if not length or offset < self.offset or offset + length > self.offset + self.length:
-            raise ProtocolError(f"the server sent {length} bytes at {offset}, outside the request")
-        self.coverage.add(offset, offset + length)
-        start = offset - self.offset
-        return self.view[start : start + length]
-
-    def fail(self, error: int, text: bytes = b"") -> None:
-        """The server reports an error; the first one counts."""
-        if not error:
-            raise ProtocolError("the server reports an error without a number")
-        self.errors += 1
-        if self.errors > MAX_ERRORS:
-            raise ProtocolError("the server reports errors without end")
-        if self.error is None:
-            self.error = (from_wire(error), printable(text))
-
-
 class ReplyReader:
     """Reads messages from ``source`` and applies each to the request with its cookie.
 
-    ``find`` returns the request in flight with a cookie.
+    ``pending`` are the requests in flight by their cookies; one whose reply is complete leaves it.
     """
 
-    __slots__ = ("_extended", "_find", "_source", "_structured")
+    __slots__ = ("_extended", "_magic", "_more", "_pending", "_source", "_structured")
 
     def __init__(
         self,
         source: Source,
-        find: Callable[[int], Pending | None],
+        pending: dict[int, Pending],
         structured: bool,
         extended: bool = False,
     ) -> None:
         self._source = source
-        self._find = find
+        self._pending = pending
         self._structured = structured
         self._extended = extended
+        self._magic = c.EXTENDED_REPLY_MAGIC if extended else c.STRUCTURED_REPLY_MAGIC
+        self._more = self._more_chunks if structured or extended else self._more_simple
 
-    def read(self) -> Pending | None:
-        """Read one message. Returns the request if its reply is complete now."""
+    def read(self, finished: list[Pending]) -> None:
+        """Read one message, and all that have arrived with it.
+
+        The requests whose replies are complete now are added to ``finished``.
+        """
+        pending = self._read()
+        if pending is not None:
+            del self._pending[pending.cookie]
+            finished.append(pending)
+        self._more(finished)
+
+    def _more_simple(self, finished: list[Pending]) -> None:
+        """Simple replies that are in the buffer as a whole, as long as nothing is unusual."""
+        source, table = self._source, self._pending
+        buffer, at, stop = source.buffer, source.start, source.stop
+        while stop - at >= SIMPLE_REPLY_SIZE:
+            magic, error, cookie = SIMPLE_REPLY.unpack_from(buffer, at)
+            pending = table.get(cookie)
+            if magic != c.SIMPLE_REPLY_MAGIC or error or pending is None:
+                break
+            end = at + SIMPLE_REPLY_SIZE
+            view = pending.view
+            if view is not None:
+                begin, end = end, end + pending.length
+                if end > stop:
+                    break
+                view[:] = buffer[begin:end]
+            source.start = at = end
+            del table[cookie]
+            finished.append(pending)
+
+    def _more_chunks(self, finished: list[Pending]) -> None:
+        """Chunks, and simple replies between them, that are in the buffer as a whole."""
+        source, table, extended = self._source, self._pending, self._extended
+        buffer, at, stop = source.buffer, source.start, source.stop
+        while stop - at >= SIMPLE_REPLY_SIZE:  # the buffer is longer than any header behind stop
+            if extended:
+                magic, flags, kind, cookie, asked, length, offset = (
+                    EXTENDED_OFFSET_DATA.unpack_from(buffer, at)
+                )
+                begin = at + EXTENDED_CHUNK_SIZE
+            else:
+                magic, flags, kind, cookie, length, offset = CHUNK_OFFSET_DATA.unpack_from(
+                    buffer, at
+                )
+                begin, asked = at + CHUNK_SIZE, -1
+            simple = magic == c.SIMPLE_REPLY_MAGIC and not extended
+            end = at + SIMPLE_REPLY_SIZE if simple else begin + length
+            if end > stop:
+                return
+            pending = table.get(cookie)
+            view = None if pending is None else pending.view
+            if (
+                pending is not None
+                and view is not None
+                and kind == c.REPLY_OFFSET_DATA
+                and flags == c.REPLY_FLAG_DONE
+                and magic == self._magic
+                and offset == pending.offset
+                and length == pending.length + OFFSET.size
+                and pending.coverage is None
+                and (asked < 0 or asked == offset)
+            ):
+                view[:] = buffer[begin + OFFSET.size : end]
+                source.start = end
+            else:  # a chunk of several, or without data, or wrong
+                pending = self._read()
+            at = source.start
+            if pending is not None:
+                del table[pending.cookie]
+                finished.append(pending)
+
+    def _read(self) -> Pending | None:
         if self._extended:
             return self._read_extended()
         head = self._source.take(SIMPLE_REPLY_SIZE)
@@ -177,19 +156,19 @@ class ReplyReader:
         cookie = int.from_bytes(head[8:16])
         if magic == c.SIMPLE_REPLY_MAGIC:
             error = int.from_bytes(head[4:8])
-            return self._simple(self._pending(cookie), error)
+            return self._simple(self._request(cookie), error)
         if magic != c.STRUCTURED_REPLY_MAGIC or not self._structured:
             raise _no_reply(magic)
         flags, kind = int.from_bytes(head[4:6]), int.from_bytes(head[6:8])
         length = int.from_bytes(self._source.take(CHUNK_SIZE - SIMPLE_REPLY_SIZE))
-        return self._chunk(self._pending(cookie), flags, kind, length)
+        return self._chunk(self._request(cookie), flags, kind, length)
 
     def _read_extended(self) -> Pending | None:
         head = EXTENDED_CHUNK.unpack(self._source.take(EXTENDED_CHUNK.size))
         magic, flags, kind, cookie, offset, length = head
         if magic != c.EXTENDED_REPLY_MAGIC:
             raise _no_reply(magic)
-        pending = self._pending(cookie)
+        pending = self._request(cookie)
         if offset != pending.offset:
             raise ProtocolError(f"the server answers a request at {offset}, which nobody made")
         return self._chunk(pending, flags, kind, length)
@@ -202,8 +181,8 @@ class ReplyReader:
             raise ProtocolError("the server sent an empty chunk that is not the last")
         return None
 
-    def _pending(self, cookie: int) -> Pending:
-        pending = self._find(cookie)
+    def _request(self, cookie: int) -> Pending:
+        pending = self._pending.get(cookie)
         if pending is None:
             raise ProtocolError(f"the server answers a request that is not in flight: {cookie:#x}")
         return pending
@@ -221,7 +200,8 @@ class ReplyReader:
     def _finish(self, pending: Pending) -> Pending:
         if pending.error is None:
             if pending.kind == c.CMD_READ and (
-                pending.coverage.front != pending.offset + pending.length
+                pending.coverage is None
+                or pending.coverage.front != pending.offset + pending.length
             ):
                 raise ProtocolError("the server ended a read before all of it had come")
             if len(pending.status) < len(pending.contexts):

@@ -115,6 +115,8 @@ def serve(name: str, export: Exportable, **offer: Unpack[Offer]) -> ServedExport
     given["contexts"] = dict(given.get("contexts") or {})
     given["wide_contexts"] = tuple(given.get("wide_contexts", ()))
     given["access"] = as_rules(given.get("access"))
+    for context in given["contexts"]:
+        _check_context(context)
     served = ServedExport(name, export, target.size, read_only, **given)
     _check_sizes(served)
     return served
@@ -123,6 +125,14 @@ def serve(name: str, export: Exportable, **offer: Unpack[Offer]) -> ServedExport
 def _check_name(name: str) -> None:
     if len(name.encode()) > c.MAX_STRING or "\0" in name:
         raise ValueError(f"an export name has at most {c.MAX_STRING} bytes and no NUL")
+
+
+def _check_context(name: str) -> None:
+    if len(name.encode()) > c.MAX_STRING or "\0" in name or ":" not in name:
+        raise ValueError(
+            f"a metadata context is called namespace:leaf, with at most {c.MAX_STRING} bytes and "
+            f"no NUL, not {name[:64]!r}"
+        )
 
 
 def _check_sizes(served: ServedExport) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal, Unpack
 from nbdwire.access import Rule, as_rules, peer_of
 from nbdwire.catalogue import Terms
 from nbdwire.connection import HANDSHAKE_SECONDS, Connection, House
+from nbdwire.crew import Crew
 from nbdwire.errors import URIError
 from nbdwire.exports import Exports, OnExport
 from nbdwire.idle import IdleWatch
@@ -85,6 +86,7 @@ class Server:
         self._stopping = False
         self._places: Places[Connection] = Places(max_connections, max_handshakes)
         self._exports = Exports(on_export)
+        self._crew = Crew()
         self._house = House(
             exports=self._exports,
             places=self._places,
@@ -226,10 +228,11 @@ class Server:
         if oldest is not None:
             oldest.hang_up(why="too many clients chose no export, and it was the first of them")
         try:
-            conn.thread.start()
+            conn.start(self._crew)
         except RuntimeError:  # the listener must outlive it
             log.warning("refused peer=%s: the system has no thread to spare", conn.peer)
             conn.close()
+            conn.task.end()
 
     def _left(self, conn: Connection) -> None:
         with self._lock:
@@ -254,14 +257,17 @@ class Server:
             listener.close()
         if self._idle is not None:
             self._idle.stop()
+        self._crew.stop()
+        until = time.monotonic() + timeout
         self._hang_up(self._everybody(), timeout, "the server")
+        self._crew.join(until)
 
     def _hang_up(self, connections: Iterable[Connection], timeout: float, what: str) -> None:
         """Let them answer what they have read; half of the time later cut them off.
 
         For a moment in between they go on reading, to tell ESHUTDOWN to those who still ask.
         """
-        waiting = [conn for conn in connections if conn.thread is not threading.current_thread()]
+        waiting = [conn for conn in connections if not conn.task.is_mine()]
         now = time.monotonic()
         for conn in waiting:
             conn.stopping.set()
@@ -281,11 +287,8 @@ class Server:
 
 
 def _join(connections: Iterable[Connection], until: float) -> list[Connection]:
-    """Wait for their threads; those that are still there at ``until`` (`time.monotonic`)."""
-    connections = list(connections)
-    for conn in connections:
-        conn.thread.join(max(0.0, until - time.monotonic()))
-    return [conn for conn in connections if conn.thread.is_alive()]
+    """Wait for their ends; those that are still there at ``until`` (`time.monotonic`)."""
+    return [conn for conn in connections if not conn.task.wait(max(0.0, until - time.monotonic()))]
 
 
 def _peer_address(sock: socket.socket) -> object:

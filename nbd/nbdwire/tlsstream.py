@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdwire.errors import ConnectionClosed, TLSError
+from nbdwire.pages import give_back, pages
 from nbdwire.transport import Buffer
 
 STEP: Final = 128 << 10  # of plain text: encrypted, then sent, while the peer decrypts the last one
@@ -103,7 +104,8 @@ class TLSStream:
         # The types do not know that `read` returns a count when it is given a buffer.
         self._read: Callable[[int, memoryview], int] = self._ssl.read  # type: ignore[assignment]
         self._write = self._ssl.write
-        self._arrived = memoryview(bytearray(IN_SIZE))
+        self._pages = pages(IN_SIZE)
+        self._arrived = memoryview(self._pages)
         self._sending = threading.Lock()
         self._state = threading.Lock()
         self._timeout: float | None = sock.gettimeout()
@@ -200,6 +202,10 @@ class TLSStream:
                 self._sending.release()
         elif self._outgoing.pending > UNSENT_MOST:
             raise TLSError(f"the {self._peer} asks for new keys without end")
+
+    def rest(self) -> None:
+        """The peer is silent: have no memory for what it sent. For the thread that receives."""
+        give_back(self._pages)
 
     def pending(self) -> int:
         """Bytes that have arrived and not been received, encrypted ones included."""

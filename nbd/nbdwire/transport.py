@@ -101,37 +101,51 @@ def _send_many(sock: Stream, views: list[memoryview]) -> None:
             views[first] = views[first][sent:]
 
 
+_SLACK: Final = 64  # behind the buffer's end, so that any header may be unpacked at any place
+_LARGE: Final = 32 << 10
+_HEADERS: Final = 4 << 10
+
+
 class Receiver:
-    """Receives through one buffer, so that many small messages cost one system call."""
+    """Receives through one buffer, so that many small messages cost one system call.
 
-    __slots__ = ("_buffer", "_sock", "_start", "_stop")
+    ``buffer[start:stop]`` has arrived; who takes bytes from there moves ``start``. Large pieces go
+    where they belong without a copy: as long as they keep coming, little is asked for beside them.
+    """
 
-    def __init__(self, sock: Stream, size: int = 1 << 16) -> None:
+    __slots__ = ("_ask", "_size", "_sock", "buffer", "start", "stop")
+
+    def __init__(self, sock: Stream, size: int = 256 << 10) -> None:
         self._sock = sock
-        self._buffer = memoryview(bytearray(size))
-        self._start = self._stop = 0
+        self._size = self._ask = size
+        self.buffer = memoryview(bytearray(size + _SLACK))
+        self.start = self.stop = 0
 
     def take(self, length: int) -> memoryview:
-        """The next ``length`` bytes (no more than the buffer holds); valid until the next call."""
-        if self._stop - self._start < length:
+        """The next ``length`` bytes (at most the buffer's size); valid until the next call."""
+        if self.stop - self.start < length:
             self._fill(length)
-        start = self._start
-        self._start = start + length
-        return self._buffer[start : start + length]
+        start = self.start
+        self.start = start + length
+        return self.buffer[start : start + length]
 
     def _fill(self, length: int) -> None:
-        left = self._stop - self._start
-        self._buffer[:left] = bytes(self._buffer[self._start : self._stop])
-        self._start, self._stop = 0, left
-        while self._stop < length:
-            self._stop += _recv_some(self._sock, self._buffer[self._stop :])
+        left = self.stop - self.start
+        if left:
+            self.buffer[:left] = bytes(self.buffer[self.start : self.stop])
+        self.start, self.stop = 0, left
+        end = max(self._ask, length)
+        while self.stop < length:
+            self.stop += _recv_some(self._sock, self.buffer[self.stop : end])
 
     def into(self, view: memoryview) -> None:
         """Fill ``view``: what has arrived already is copied, the rest goes there directly."""
-        ready = min(len(view), self._stop - self._start)
-        view[:ready] = self._buffer[self._start : self._start + ready]
-        self._start += ready
-        if ready < len(view):
+        length = len(view)
+        self._ask = self._size if length < _LARGE else min(self._size, _HEADERS)
+        ready = min(length, self.stop - self.start)
+        view[:ready] = self.buffer[self.start : self.start + ready]
+        self.start += ready
+        if ready < length:
             recv_exact_into(self._sock, view[ready:])
 
 

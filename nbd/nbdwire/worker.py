@@ -33,8 +33,9 @@ from nbdwire.codec import (
 )
 from nbdwire.errors import ProtocolError
 from nbdwire.export import OPAQUE_RUN, Export, Run, Session, SupportsMap, SupportsPrefetch
-from nbdwire.lookout import Lookout, Sleeper
+from nbdwire.lookout import look_at
 from nbdwire.outgoing import KEEP_SIZE, Outgoing
+from nbdwire.pages import give_back, pages
 from nbdwire.requests import Requests
 from nbdwire.transport import Stream
 
@@ -101,7 +102,7 @@ class Worker(Outgoing):
     ) -> None:
         super().__init__(stream, requests)
         self._session = session
-        self._in = bytearray(IN_SIZE)
+        self._in = pages(IN_SIZE)
         self._in_view = memoryview(self._in)
         self._start = 0
         self._end = 0
@@ -121,8 +122,7 @@ class Worker(Outgoing):
         self._can_probe = isinstance(session.node, SupportsPrefetch)
         self._map = isinstance(session.node, SupportsMap)
         self._probe = False
-        looks = not getattr(stream, "secure", False)
-        self._lookout = Lookout(stream, turn) if looks else Sleeper(stream, turn)
+        self._lookout = look_at(stream, turn)
         self._received = perf_counter()
         self.reads = self.writes = self.others = 0
         self.bytes_read = self.bytes_written = 0
@@ -298,6 +298,8 @@ class Worker(Outgoing):
             got = self._receive_payload(missing)
             self._received = perf_counter()
         else:
+            if self._lookout.idle:
+                self._rest()
             got = self._stream.recv_into(self._in_view[self._end :])
             self._received = self._lookout.end(began)
         self._end += got
@@ -341,7 +343,7 @@ class Worker(Outgoing):
         """A larger receive buffer that begins with ``content``."""
         if self._share is not None:
             self._share.take(size + len(self._data))
-        grown = bytearray(size)
+        grown = pages(size)
         grown[: len(content)] = content
         self._in, self._in_view = grown, memoryview(grown)
         self._grown = True
@@ -356,8 +358,19 @@ class Worker(Outgoing):
         self._grown = False
 
     def _replace_in(self) -> None:
-        self._in = bytearray(IN_SIZE)
+        self._in = pages(IN_SIZE)
         self._in_view = memoryview(self._in)
+
+    def _rest(self) -> None:
+        """The client is silent: what lies in the buffers is of no use, so have no memory for it."""
+        self._lookout.idle = False
+        if self._end:
+            return  # half a request
+        if len(self._in) > IN_SIZE:
+            self._replace_in()
+        else:
+            give_back(self._in)
+        self._rest_sending()
 
     def _take(self, length: int, keep: bool) -> bytes:
         """Consume ``length`` bytes behind the header at the front; return them if they are few."""

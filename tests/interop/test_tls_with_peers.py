@@ -19,6 +19,7 @@ from nbdwire.client import connect, list_exports
 from nbdwire.errors import NBDError, NegotiationError, TLSError, TLSRequired
 from nbdwire.server import Server
 from nbdwire.tls import ServerTLS
+from nbdwire.tools.main import main
 from nbdwire.uri import NBDURI, parse
 from tests.support.certificates import Pki, create
 from tests.support.peers import nbdkit, qemu_nbd
@@ -398,6 +399,21 @@ def test_our_client_speaks_tls_with_other_servers(
             assert sum(extent.length for extent in client.extents(0, SIZE)) <= SIZE
         assert image.read_bytes() == DATA[: 1 << 20] + block + DATA[4 << 20 :]
         assert [name for name, _ in list_exports(to(where, pki.both))] == [""]
+
+
+@pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit"])
+def test_our_copy_speaks_tls_with_other_servers(
+    kind: str, tmp_path: Path, image: Path, pki: Pki, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = tmp_path / "back"
+    with their_server(kind, image, tmp_path / "their.sock", pki.both) as where:
+        uri = str(to(where, pki.both))
+        assert main(["copy", "--json", uri, str(back)]) == 0
+        assert json.loads(capsys.readouterr().out)["size"] == SIZE
+        assert back.read_bytes() == DATA
+        back.write_bytes(DATA[::-1])
+        assert main(["copy", str(back), uri]) == 0
+    assert image.read_bytes() == DATA[::-1]
 
 
 @pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit"])

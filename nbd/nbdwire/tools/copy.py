@@ -25,9 +25,9 @@ from nbdwire.tools.files import FileExport
 from nbdwire.tools.options import add_json, add_timeout, human, positive, size
 from nbdwire.tools.progress import Progress, quiet
 
-CONNECTIONS: Final = 2
+CONNECTIONS: Final = 4
 REQUESTS: Final = 8
-REQUEST_SIZE: Final = 512 << 10
+REQUEST_SIZE: Final = 1 << 20
 
 _EPILOG = """\
 SOURCE and TARGET are a URI (nbd://...), a file or block device, or - for standard input or output.
@@ -56,7 +56,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     option("--requests", type=positive, default=REQUESTS, metavar="N",
            help="in flight on each connection (default: %(default)s)")  # fmt: skip
     option("--request-size", type=size, default=REQUEST_SIZE, metavar="SIZE",
-           help="bytes of one request, 4k to 32M (default: 512k)")  # fmt: skip
+           help="bytes of one request, 4k to 32M (default: 1M)")  # fmt: skip
     option("--synchronous", action="store_true", help="one connection and one request at a time")
     option("--allocated", action="store_true", help="make zeroes take up room in the target")
     option("--target-is-zero", action="store_true", help="the target reads as zeroes already")

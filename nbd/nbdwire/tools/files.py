@@ -33,7 +33,6 @@ class FileExport:
         self.read_only = read_only
         self._regular = stat.S_ISREG(os.fstat(fd).st_mode)
         self._nowait = True
-        self._closed = False
 
     @classmethod
     def open(cls, path: str, read_only: bool = False) -> "FileExport":
@@ -61,9 +60,9 @@ class FileExport:
 
     def close(self) -> None:
         """Idempotent."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._fd)
+        fd, self._fd = self._fd, -1  # its number is somebody else's from now on
+        if fd >= 0:
+            os.close(fd)
 
     def pread_into(self, buf: memoryview, offset: int) -> None:
         """Fill ``buf``; behind the end of a file that has shrunk there are zeroes."""
@@ -100,6 +99,7 @@ class FileExport:
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
         """Write all of ``buf``."""
+        self._check_writable()
         view, done = memoryview(buf), 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
@@ -108,6 +108,7 @@ class FileExport:
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Punch a hole, or with NO_HOLE zero the range where it is."""
+        self._check_writable()
         mode = _ZERO_RANGE if flags & c.CMD_FLAG_NO_HOLE else _PUNCH_HOLE
         if not self._allocate(mode, offset, length):
             if flags & c.CMD_FLAG_FAST_ZERO:
@@ -119,6 +120,7 @@ class FileExport:
 
     def trim(self, offset: int, length: int, flags: int = 0) -> None:
         """Punch a hole, if that can be done."""
+        self._check_writable()
         self._allocate(_PUNCH_HOLE, offset, length)
         if flags & c.CMD_FLAG_FUA:
             self.flush()
@@ -140,8 +142,14 @@ class FileExport:
 
     def flush(self) -> None:
         """``fdatasync``."""
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if not self.read_only:
             os.fdatasync(self._fd)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EPERM, "opened read-only")
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The holes that the file system knows; a device is all data."""

@@ -1,19 +1,24 @@
 import errno
+import random
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fleece.block import remote as remote_module
+from fleece.block.memory import MemoryNode
 from fleece.block.remote import RemoteNode
 from fleece.errors import FleeceError, ImageError, NotFound, UsageError
 from nbdwire.constants import TFLAG_HAS_FLAGS
-from nbdwire.errors import ConnectionClosed, ProtocolError
+from nbdwire.errors import ConnectionClosed, ProtocolError, WritesLost
 from nbdwire.extents import Extent
+from nbdwire.negotiate_client import ClientSession
+from nbdwire.server import Server
 from tests.support.nodes import make_file
 from tests.support.peers import nbdkit, qemu_nbd, running, wait_for_socket
 from tests.support.tools import require
@@ -140,6 +145,8 @@ def test_a_server_that_dies_makes_every_later_verb_eshutdown(tmp_path: Path) -> 
 class FakeClient:
     """A client whose server offers nothing, and whose every request fails as it is told."""
 
+    session = ClientSession("x", SIZE, TFLAG_HAS_FLAGS)
+
     size, read_only, flags, contexts = SIZE, False, TFLAG_HAS_FLAGS, ()
 
     def __init__(self, error: Exception) -> None:
@@ -205,3 +212,103 @@ def test_if_a_later_connection_fails_the_first_is_closed(
         RemoteNode(uri, connections=2)
     with pytest.raises(ConnectionClosed):
         opened[0].flush()
+
+
+class Strict(MemoryNode):
+    """A disk of 512-byte blocks that meets nothing but whole ones."""
+
+    meeting: threading.Barrier | None = None  # of two that read before they write
+
+    def pread_into(self, buf: memoryview, offset: int) -> None:
+        assert offset % 512 == 0
+        assert len(buf) % 512 == 0
+        super().pread_into(buf, offset)
+        if self.meeting is not None:
+            with suppress(threading.BrokenBarrierError):
+                self.meeting.wait(0.3)
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        assert offset % 512 == 0
+        assert len(buf) % 512 == 0
+        super().pwrite(buf, offset, fua)
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Iterator[tuple[RemoteNode, Strict]]:
+    disk = Strict(SIZE)
+    disk.blocking = True
+    with Server(f"nbd+unix:///?socket={tmp_path}/strict") as server:
+        server.add("", disk, minimum_block=512)
+        with closing(RemoteNode(str(server.listeners[0]))) as node:
+            yield node, disk
+
+
+def test_what_is_not_aligned_to_the_servers_blocks_is_made_so(
+    strict: tuple[RemoteNode, Strict],
+) -> None:
+    node, _ = strict
+    rng, model = random.Random(5), bytearray(SIZE)
+    for _ in range(600):
+        offset = rng.randrange(4000)
+        length = rng.choice((0, 1, 7, 511, 512, 513, 1024, 3000))
+        if rng.random() < 0.3:  # the last block too
+            offset = SIZE - length - rng.randrange(600)
+        choice = rng.randrange(5)
+        if choice == 0:
+            node.zero(offset, length)
+            model[offset : offset + length] = bytes(length)
+        elif choice <= 2:
+            data = rng.randbytes(length)
+            node.pwrite(memoryview(data), offset)
+            model[offset : offset + length] = data
+        elif length:
+            view = memoryview(bytearray(length))
+            node.pread_into(view, offset)
+            assert view == model[offset : offset + length]
+            found = node.extents(offset, length)
+            assert found[0].offset == offset
+            assert found[-1].end <= offset + length
+    whole = memoryview(bytearray(SIZE))
+    node.pread_into(whole, 0)
+    assert whole == model
+    node.trim(1, 510)  # no whole block
+    node.pread_into(whole, 0)
+    assert whole == model
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_two_writers_of_one_block_both_count(
+    strict: tuple[RemoteNode, Strict], locked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the lock, the control, one is lost: both read the block before either writes."""
+    node, disk = strict
+    disk.meeting = threading.Barrier(2)
+    if not locked:
+        monkeypatch.setattr(node._ranges, "exclusive", lambda *_: nullcontext())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda n: node.pwrite(memoryview(b"x" * 256), 256 * n), range(2)))
+    disk.meeting = None
+    view = memoryview(bytearray(512))
+    node.pread_into(view, 0)
+    assert (bytes(view) == b"x" * 512) == locked
+
+
+def test_a_lost_connection_is_opened_again_if_the_uri_says_so(tmp_path: Path) -> None:
+    where = f"nbd+unix:///?socket={tmp_path}/again"
+    disk = MemoryNode(SIZE)
+    server = Server(where)
+    server.add("", disk)
+    with closing(RemoteNode(f"{where}&reconnect=20")) as node:
+        node.pwrite(memoryview(b"abc"), 0)
+        server.stop()
+        with Server(where) as second:
+            second.add("", disk)
+            view = memoryview(bytearray(3))
+            node.pread_into(view, 0)
+            assert bytes(view) == b"abc"
+            with pytest.raises(WritesLost) as caught:
+                node.flush()
+            assert caught.value.errno == errno.EIO
+            node.flush()
+    with pytest.raises(UsageError, match="1 to 1000 attempts"):
+        RemoteNode(f"{where}&reconnect=often")

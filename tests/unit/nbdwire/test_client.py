@@ -16,6 +16,7 @@ from nbdwire.errors import ConnectionClosed, ProtocolError, RequestError
 from nbdwire.export import Export
 from nbdwire.extents import Extent
 from nbdwire.negotiate_client import ClientSession
+from nbdwire.pending import Pending
 from nbdwire.transport import recv_exact_into
 from nbdwire.uri import NBDURI
 from tests.support.scripted import (
@@ -581,7 +582,7 @@ def test_an_interrupted_request_ends_the_connection(monkeypatch: pytest.MonkeyPa
         reader = client.link._replies
 
         class Interrupted:
-            def read(self) -> None:
+            def read(self, finished: list[Pending]) -> None:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(client.link, "_replies", Interrupted())

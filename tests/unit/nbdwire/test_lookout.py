@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdwire.lookout import LIVELY, LOOK, Lookout
+from nbdwire.lookout import LIVELY, LOOK, Lookout, look_at
 
 
 @pytest.fixture
@@ -95,3 +95,38 @@ def test_a_client_that_hangs_up_ends_the_look(
     pair[1].close()
     look.begin()
     assert pair[0].recv(1) == b""
+
+
+class Received:
+    """A stream that has received some bytes which the socket does not tell of any more."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.bytes = 0
+        self._sock = sock
+
+    def pending(self) -> int:
+        return self.bytes
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
+
+
+def test_what_a_stream_has_received_already_is_not_waited_for(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    turn, stream = Counted(), Received(pair[0])
+    look = look_at(stream, turn)  # type: ignore[arg-type]
+    stream.bytes = 1
+    look.end(time.perf_counter())
+    look.begin()
+    assert turn.taken == 0
+    stream.bytes = 0
+    began = look.begin()
+    assert turn.taken == 1
+    assert time.perf_counter() - began >= LOOK
+
+
+def test_a_socket_is_looked_at_without_asking_what_it_has_received(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    assert type(look_at(pair[0], threading.Lock())) is Lookout

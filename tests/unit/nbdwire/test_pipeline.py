@@ -14,14 +14,16 @@ from nbdwire import constants as c
 from nbdwire.client import Client
 from nbdwire.errors import ConnectionClosed, NBDError, ProtocolError, RequestError
 from nbdwire.extents import Extent
-from nbdwire.link import Link
+from nbdwire.link import Link, Sink
 from nbdwire.negotiate_client import ClientSession
 from nbdwire.pipeline import Pipeline, Ticket
 from nbdwire.pool import Pool
 from nbdwire.transport import recv_exact_into
+from nbdwire.wire import choose
 from tests.support.scripted import (
     ALL,
     BASE,
+    EXTENDED,
     PLAIN,
     SIZE,
     STRUCTURED,
@@ -295,7 +297,12 @@ def test_without_the_reader_thread_it_would_wait_for_ever(monkeypatch: pytest.Mo
     """The control of the test above: client and server each wait for the other to read."""
     sleeper = threading.Thread(target=lambda: None)
     sleeper.start()
-    monkeypatch.setattr(Link, "start_reader", lambda _: sleeper)
+
+    def start_none(link: Link, sink: Sink) -> threading.Thread:
+        link._sink = sink
+        return sleeper
+
+    monkeypatch.setattr(Link, "start_reader", start_none)
     session = ClientSession("disk", 64 << 20, ALL)
     with serving(ok, session) as (client, peer):
         pipeline = client.pipeline(depth=16)
@@ -306,6 +313,77 @@ def test_without_the_reader_thread_it_would_wait_for_ever(monkeypatch: pytest.Mo
                 wait_until(lambda: len(peer.requests) > 1, seconds=0.3)
             client.close()
         pipeline.close()
+
+
+def nothing_more(sock: socket.socket) -> bool:
+    try:
+        sock.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("session", [PLAIN, STRUCTURED, EXTENDED])
+def test_requests_leave_together_and_replies_are_taken_together(session: ClientSession) -> None:
+    """The first goes out at once; the others wait for each other, or for somebody who waits."""
+    ours, theirs = socket.socketpair()
+    header = codec.EXTENDED_REQUEST if session.extended else codec.REQUEST
+    with Client(ours, session) as client, client.pipeline(depth=32) as pipeline, theirs:
+        buffers = [memoryview(bytearray(8)) for _ in range(12)]
+        tickets = [pipeline.pread_into(view, 8 * n) for n, view in enumerate(buffers)]
+        received = bytearray(12 * header.size)
+        recv_exact_into(theirs, memoryview(received)[: 9 * header.size])
+        assert nothing_more(theirs)
+        with in_thread(tickets[-1].result):
+            recv_exact_into(theirs, memoryview(received)[9 * header.size :])
+            out = bytearray()
+            for head in header.iter_unpack(received):
+                _, _, kind, cookie, offset, length = head
+                assert (kind, length) == (c.CMD_READ, 8)
+                data = offset.to_bytes(8)
+                if session.structured:
+                    out += choose(True, session.extended).data(cookie, offset, offset, 8) + data
+                else:
+                    out += codec.simple_reply(cookie) + data
+            theirs.sendall(out[:-20])
+            theirs.sendall(out[-20:])
+            pipeline.drain()
+    assert [int.from_bytes(view) for view in buffers] == list(range(0, 96, 8))
+
+
+def test_what_is_queued_leaves_when_all_before_it_is_answered() -> None:
+    """Nobody waits, nothing more is submitted: the reader sends it."""
+    ours, theirs = socket.socketpair()
+    with Client(ours, PLAIN) as client, client.pipeline(depth=32) as pipeline, theirs:
+        tickets = [pipeline.pwrite(b"x", n) for n in range(3)]
+        request = bytearray(codec.REQUEST_SIZE + 1)
+        recv_exact_into(theirs, memoryview(request))
+        assert nothing_more(theirs)
+        theirs.sendall(codec.simple_reply(1))
+        both = bytearray(2 * len(request))
+        recv_exact_into(theirs, memoryview(both))
+        theirs.sendall(codec.simple_reply(3) + codec.simple_reply(2))
+        wait_until(lambda: all(ticket.done for ticket in tickets))
+
+
+@pytest.mark.parametrize("session", [PLAIN, STRUCTURED, EXTENDED])
+def test_a_reply_that_comes_twice_in_one_batch_ends_the_connection(session: ClientSession) -> None:
+    """The first counts, and is told; nothing is filled twice."""
+
+    def answer(request: Request, payload: bytes) -> bytes:
+        _, _, cookie, offset, length = request
+        if session.structured:
+            one = choose(True, session.extended).data(cookie, offset, offset, length) + b"abcd"
+        else:
+            one = codec.simple_reply(cookie) + b"abcd"
+        return one * 3
+
+    with serving(answer, session) as (client, _), client.pipeline() as pipeline:
+        view = memoryview(bytearray(4))
+        pipeline.pread_into(view, 64).result()
+        assert bytes(view) == b"abcd"
+        with pytest.raises(ProtocolError, match="not in flight"):
+            pipeline.pread_into(view, 64).result()
 
 
 @pytest.mark.parametrize("connections", [1, 3])

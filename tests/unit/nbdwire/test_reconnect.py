@@ -308,3 +308,78 @@ def test_ranges_hold_at_least_what_was_added(added: list[tuple[int, int]], most:
     assert all(f >= m for f, m in zip(found, model, strict=True))
     if len(added) <= most:
         assert found == model
+
+
+@pytest.mark.parametrize("moment", ["kill_before", "kill_after"])
+def test_what_a_pipeline_had_in_flight_is_submitted_again(moment: str) -> None:
+    host = Host()
+    seen = [0]
+
+    def third_of_forty(_: Request) -> bool:
+        seen[0] += 1
+        return seen[0] % 40 == 3
+
+    setattr(host, moment, third_of_forty)
+    with Reconnecting(host.open, QUICK) as disk, disk.pipeline(depth=8) as pipeline:
+        tickets = [pipeline.pwrite(bytes([n]) * 16, 16 * n) for n in range(100)]
+        for ticket in tickets:
+            ticket.result()
+        assert host.data[:1600] == b"".join(bytes([n]) * 16 for n in range(100))
+        views = [memoryview(bytearray(16)) for _ in range(100)]
+        done: list[object] = []
+        for n, view in enumerate(views):
+            pipeline.pread_into(view, 16 * n, then=lambda ticket: done.append(ticket.error))
+        pipeline.drain()
+        assert b"".join(views) == host.data[:1600]
+        assert done == [None] * 100
+        assert disk.losses >= 3
+        with pytest.raises(WritesLost):
+            pipeline.flush()
+        pipeline.flush()
+    host.join()
+
+
+def test_writes_of_a_pipeline_that_were_flushed_are_not_doubted() -> None:
+    host = Host()
+    with Reconnecting(host.open, QUICK) as disk, disk.pipeline() as pipeline:
+        pipeline.pwrite(b"abc", 0)
+        pipeline.zero(10, 5)
+        pipeline.flush()
+        pipeline.pwrite(b"abc", 100, fua=True).result()
+        host.kill_before = once(c.CMD_READ)
+        pipeline.pread_into(memoryview(bytearray(1)), 0).result()
+        pipeline.flush()
+        pipeline.pwrite(b"abc", 200).result()
+        host.kill_before = once(c.CMD_READ)
+        pipeline.pread_into(memoryview(bytearray(1)), 0).result()
+        with pytest.raises(WritesLost) as caught:
+            pipeline.flush()
+        assert caught.value.ranges == [(200, 3)]
+    host.join()
+
+
+def test_a_pipeline_gives_up_after_the_attempts_and_says_so() -> None:
+    host = Host()
+    with Reconnecting(host.open, QUICK) as disk:
+        pipeline = disk.pipeline()
+        host.kill_before = lambda _: True
+        ticket = pipeline.pwrite(b"x", 0)
+        with pytest.raises(ConnectionClosed):
+            ticket.result()
+        pipeline.close()
+    host.join()
+
+
+def test_other_errors_of_a_pipeline_are_raised_as_they_are() -> None:
+    host = Host()
+    host.error = lambda _: c.NBD_ENOSPC
+    with Reconnecting(host.open, QUICK) as disk:
+        pipeline = disk.pipeline()
+        pipeline.pwrite(b"x", 0)
+        with pytest.raises(RequestError) as caught:
+            pipeline.drain()
+        assert (caught.value.errno, disk.losses) == (errno.ENOSPC, 0)
+        with pytest.raises(RequestError):
+            pipeline.pwrite(b"x", SIZE)
+        pipeline.close()
+    host.join()

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdwire.errors import ProtocolError
-from nbdwire.replies import MAX_PIECES, Coverage
+from nbdwire.pending import MAX_PIECES, Coverage
 
 MODEST = settings(derandomize=True, deadline=None, max_examples=300)
 SIZE = 40

@@ -30,7 +30,7 @@ def serve(*arguments: str | Path) -> Iterator[dict[str, object]]:
         assert process.stdout is not None
         try:
             text = ""
-            while not text.endswith("}\n"):
+            while not text.endswith("\n}\n"):
                 line = process.stdout.readline()
                 assert line, "the server has ended"
                 text += line

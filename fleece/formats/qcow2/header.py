@@ -7,27 +7,17 @@ Nothing here believes a length or an offset before it was compared with the limi
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from fleece.errors import ImageCorrupt, NotAnImage, UnsupportedFeature
+from fleece.block.node import Node
+from fleece.errors import ImageCorrupt, ImageError, NotAnImage, UnsupportedFeature
 from fleece.formats.qcow2 import constants as c
 from fleece.units import align_up
 
 _V2: Final = struct.Struct(">IIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
 _EXTENSION: Final = struct.Struct(">II")
-
-_FEATURES: Final = {
-    (0, 0): "dirty bit",
-    (0, 1): "corrupt bit",
-    (0, 2): "external data file",
-    (0, 3): "compression type",
-    (0, 4): "extended L2 entries",
-    (1, 0): "lazy refcounts",
-    (2, 0): "bitmaps",
-    (2, 1): "raw external data",
-}
 
 
 @dataclass(frozen=True)
@@ -53,6 +43,8 @@ class Header:
     compression_type: int = 0
     header_length: int = c.V3_HEADER_LENGTH
     extensions: tuple[tuple[int, bytes], ...] = ()
+    extra: bytes = b""
+    """What the header has behind the fields that are known here; a rewrite keeps it."""
 
     @property
     def cluster_size(self) -> int:
@@ -60,9 +52,24 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def extended_l2(self) -> bool:
+        """Whether L2 entries have 16 bytes, and clusters 32 subclusters."""
+        return bool(self.incompatible & c.INCOMPATIBLE_EXTENDED_L2)
+
+    @property
+    def subclusters(self) -> int:
+        """Parts of a cluster that can be there without the others: 32 or 1."""
+        return c.SUBCLUSTERS if self.extended_l2 else 1
+
+    @property
+    def l2_entry_size(self) -> int:
+        """Bytes of one L2 entry."""
+        return 16 if self.extended_l2 else 8
+
+    @property
     def l2_entries(self) -> int:
         """Guest clusters that one L2 table describes."""
-        return self.cluster_size // 8
+        return self.cluster_size // self.l2_entry_size
 
     @property
     def lazy_refcounts(self) -> bool:
@@ -74,6 +81,32 @@ class Header:
         """Whether the refcounts are not to be trusted."""
         return bool(self.incompatible & c.INCOMPATIBLE_DIRTY)
 
+    @property
+    def corrupt(self) -> bool:
+        """Whether the image is known to be damaged, and must not be written."""
+        return bool(self.incompatible & c.INCOMPATIBLE_CORRUPT)
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether the guest's data lies in a file of its own."""
+        return bool(self.incompatible & c.INCOMPATIBLE_DATA_FILE)
+
+    @property
+    def raw_data_file(self) -> bool:
+        """Whether that file alone is a raw image of the disk."""
+        return self.has_data_file and bool(self.autoclear & c.AUTOCLEAR_RAW_DATA_FILE)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of that file, as the image has it; it may have none."""
+        return _name(extension(self, c.EXT_DATA_FILE))
+
+    @property
+    def has_bitmaps(self) -> bool:
+        """Whether there is a bitmap directory that is to be believed."""
+        valid = self.autoclear & c.AUTOCLEAR_BITMAPS
+        return bool(valid) and extension(self, c.EXT_BITMAPS) is not None
+
     def feature_name(self, kind: int, bit: int) -> str:
         """What the image calls the feature bit (kind 0 incompatible, 1 compatible, 2 autoclear)."""
         for number, data in self.extensions:
@@ -83,6 +116,20 @@ class Header:
                 if data[at] == kind and data[at + 1] == bit:
                     return repr(data[at + 2 : at + 48].rstrip(b"\0").decode("ascii", "replace"))
         return "a feature that the image does not name"
+
+
+def extension(header: Header, number: int) -> bytes | None:
+    """The data of the first header extension of this type; None if there is none."""
+    return next((data for found, data in header.extensions if found == number), None)
+
+
+def with_extension(header: Header, number: int, data: bytes | None) -> Header:
+    """The header with this extension in the place of the old one, or without it."""
+    extensions = [pair for pair in header.extensions if pair[0] != number]
+    if data is not None:
+        at = next((i for i, p in enumerate(header.extensions) if p[0] == number), len(extensions))
+        extensions.insert(at, (number, data))
+    return replace(header, extensions=tuple(extensions))
 
 
 def parse(data: bytes, file_size: int, path: str) -> Header:
@@ -98,7 +145,9 @@ def parse(data: bytes, file_size: int, path: str) -> Header:
         backing_file=_backing_name(data, fields, path),
         backing_format=_text(dict(extensions).get(c.EXT_BACKING_FORMAT)),
         extensions=extensions,
+        extra=data[c.V3_HEADER_LENGTH : fields["header_length"]],
     )
+    _check_features(header, path)
     _check_tables(header, file_size, path)
     return header
 
@@ -183,6 +232,24 @@ def _text(data: bytes | None) -> str | None:
     return None if data is None else data.decode("ascii", "backslashreplace")
 
 
+def _name(data: bytes | None) -> str | None:
+    return None if data is None else os.fsdecode(data)
+
+
+def _check_features(header: Header, path: str) -> None:
+    if header.extended_l2 and header.cluster_bits < c.MIN_EXTENDED_CLUSTER_BITS:
+        raise ImageCorrupt(f"{path}: extended L2 entries need clusters of 16 KiB at least")
+    if header.crypt_method == c.CRYPT_LUKS:
+        place = extension(header, c.EXT_CRYPTO)
+        if place is None or len(place) != 16:
+            raise ImageCorrupt(f"{path}: it is encrypted, and where the LUKS header is it omits")
+    bitmaps = extension(header, c.EXT_BITMAPS)
+    if bitmaps is not None and len(bitmaps) != 24:
+        raise ImageCorrupt(f"{path}: the bitmap extension has {len(bitmaps)} bytes, not 24")
+    if b"\0" in (extension(header, c.EXT_DATA_FILE) or b""):
+        raise ImageCorrupt(f"{path}: the data file's name holds a NUL byte")
+
+
 def _check_tables(header: Header, file_size: int, path: str) -> None:
     covered = header.l1_size * header.l2_entries << header.cluster_bits
     if header.l1_size * 8 > c.MAX_L1_BYTES:
@@ -197,9 +264,12 @@ def _check_tables(header: Header, file_size: int, path: str) -> None:
     spans = [("refcount table", header.refcount_table_offset, table_bytes)]
     if header.l1_size:
         spans.append(("L1 table", header.l1_offset, header.l1_size * 8))
+    if header.snapshots:
+        # An entry has 40 bytes at least; how many there are is known when they are read.
+        spans.append(("snapshot table", header.snapshots_offset, header.snapshots * 40))
     for name, start, length in spans:
         _check_span(name, start, length, header, file_size, path)
-    if len(spans) == 2 and _overlap(spans[0], spans[1]):
+    if header.l1_size and _overlap(spans[0], spans[1]):
         raise ImageCorrupt(f"{path}: the L1 table and the refcount table overlap")
 
 
@@ -217,53 +287,30 @@ def _overlap(a: tuple[str, int, int], b: tuple[str, int, int]) -> bool:
 
 
 def check_supported(header: Header, path: str, *, writable: bool) -> None:
-    """Raise `UnsupportedFeature` or `ImageCorrupt` for what this driver cannot open (yet)."""
-    _check_incompatible(header, path)
-    if header.crypt_method:
-        raise UnsupportedFeature(f"{path}: encrypted qcow2 images are not supported")
-    if header.compression_type:
-        raise UnsupportedFeature(
-            f"{path}: compression type {header.compression_type} is not supported (deflate is)"
+    """Raise `UnsupportedFeature` or `ImageCorrupt` for what this driver cannot open."""
+    unknown = header.incompatible & ~c.KNOWN_INCOMPATIBLE
+    if unknown:
+        bit = (unknown & -unknown).bit_length() - 1
+        name = f"incompatible bit {bit}, {header.feature_name(0, bit)},"
+        raise UnsupportedFeature(f"{path}: the qcow2 feature {name} is not supported")
+    if bool(header.incompatible & c.INCOMPATIBLE_COMPRESSION) != bool(header.compression_type):
+        raise ImageCorrupt(
+            f"{path}: the compression type and its feature bit contradict each other"
         )
-    if writable:
-        _check_writable(header, path)
-
-
-def _check_incompatible(header: Header, path: str) -> None:
-    known = c.INCOMPATIBLE_DIRTY | c.INCOMPATIBLE_CORRUPT
-    bits = header.incompatible & ~known
-    # The compression bit says only that the type field counts; the type itself is checked.
-    if header.compression_type:
-        bits &= ~c.INCOMPATIBLE_COMPRESSION
-    elif bits & c.INCOMPATIBLE_COMPRESSION:
-        raise ImageCorrupt(f"{path}: the compression type bit is set, and the type is deflate")
-    if not bits:
-        return
-    bit = (bits & -bits).bit_length() - 1
-    name = _FEATURES.get((0, bit)) or f"incompatible bit {bit}, {header.feature_name(0, bit)},"
-    raise UnsupportedFeature(f"{path}: the qcow2 feature {name} is not supported")
-
-
-def _check_writable(header: Header, path: str) -> None:
-    if header.incompatible & c.INCOMPATIBLE_CORRUPT:
+    if header.compression_type > c.COMPRESSION_ZSTD:
+        raise UnsupportedFeature(
+            f"{path}: compression type {header.compression_type} is not supported "
+            "(deflate and zstd are)"
+        )
+    if writable and header.crypt_method == c.CRYPT_AES:
+        raise UnsupportedFeature(
+            f"{path}: its old AES encryption is weak, and is only read; convert it to LUKS with: "
+            "fleece image convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=ID"
+        )
+    if writable and header.corrupt:
         raise ImageCorrupt(
             f"{path}: the image is marked corrupt and cannot be opened read/write; "
-            f"open it read-only, or repair it with: qemu-img check -r all"
-        )
-    if header.snapshots:
-        raise UnsupportedFeature(
-            f"{path}: writing to an image with internal snapshots is not supported; "
-            "open it read-only"
-        )
-    if header.refcount_order < 3:
-        raise UnsupportedFeature(
-            f"{path}: writing with {1 << header.refcount_order} bit refcounts is not supported; "
-            "open it read-only"
-        )
-    if header.autoclear & c.AUTOCLEAR_BITMAPS:
-        raise UnsupportedFeature(
-            f"{path}: writing would invalidate the persistent bitmaps of the image; open it "
-            "read-only, or remove them with: qemu-img bitmap --remove"
+            "open it read-only, or repair it with: fleece image check -r all"
         )
 
 
@@ -277,7 +324,9 @@ def build(header: Header) -> bytes:
         extensions.insert(0, (c.EXT_BACKING_FORMAT, header.backing_format.encode()))
     tail = b"".join(_pack_extension(number, data) for number, data in extensions) + bytes(8)
     name = os.fsencode(header.backing_file or "")
-    length = c.V3_HEADER_LENGTH if header.version == 3 else c.V2_HEADER_LENGTH
+    length = c.V2_HEADER_LENGTH
+    if header.version == 3:
+        length = c.V3_HEADER_LENGTH + len(header.extra)
     at = length + len(tail) if name else 0
     if len(name) > c.MAX_BACKING_NAME or length + len(tail) + len(name) > header.cluster_size:
         raise ValueError(f"a backing file name of {len(name)} bytes does not fit into the header")
@@ -305,7 +354,32 @@ def _pack(header: Header, backing_offset: int, backing_size: int, length: int) -
     head += _V3.pack(
         header.incompatible, header.compatible, header.autoclear, header.refcount_order, length
     )
-    return head + bytes([header.compression_type]) + bytes(7)
+    return head + bytes([header.compression_type]) + bytes(7) + header.extra
+
+
+def rewrite(file: Node, old: Header, new: Header, name: str) -> Header:
+    """Put ``new`` in the place of ``old``, durably; the header as it is on disk then.
+
+    Of a layout that stays the same only the fields that differ are written, in one write from the
+    first to the last of them; else all of the start of the first cluster is. `ImageError` if what
+    ``new`` says does not fit into the first cluster: nothing is written then.
+    """
+    if new.version == 3:
+        new = replace(new, header_length=c.V3_HEADER_LENGTH + len(new.extra))
+    else:
+        new = replace(new, header_length=c.V2_HEADER_LENGTH)
+    try:
+        data = build(new).ljust(new.cluster_size, b"\0")
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}; make its names shorter") from None
+    before = bytearray(old.cluster_size)
+    file.pread_into(memoryview(before), 0)
+    differing = [at for at in range(0, len(data), 8) if data[at : at + 8] != before[at : at + 8]]
+    if differing:
+        low, high = differing[0], differing[-1] + 8
+        file.pwrite(memoryview(data)[low:high], low)
+        file.flush()
+    return new
 
 
 def _pack_extension(number: int, data: bytes) -> bytes:

@@ -39,9 +39,9 @@ from fleece.block.null import clear
 from fleece.errors import ImageCorrupt, ImageError, NotFound, UnsupportedFeature
 from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2 import header as headers
+from fleece.formats.qcow2.entries import ClusterRun, Scanner
 from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.hosting import write_all
-from fleece.formats.qcow2.tables import ClusterRun, Scanner
 from fleece.units import align_up, format_size, is_power_of_two
 from nbdwire.constants import STATE_HOLE, STATE_ZERO
 from nbdwire.export import ZERO_RUN, Run

@@ -133,7 +133,11 @@ def old_data_after_zero(tmp_path: Path, *, locked: bool) -> bool:
         node.zero(0, CLUSTER)
         zeroed.set()
 
-    in_two_threads(lambda: node.pwrite(memoryview(b"\xaa" * 512), 1024), zero)
+    def write() -> None:
+        node.pwrite(memoryview(b"\xaa" * 512), 1024)
+        node.flush()  # which copies what is around it
+
+    in_two_threads(write, zero)
     content = pread(node, CLUSTER, 0)
     node.close()
     return b"\7" in content

@@ -13,7 +13,7 @@ from fleece.block.memory import MemoryNode
 from fleece.block.node import Filter
 from fleece.errors import ImageCorrupt
 from fleece.formats.qcow2.image import Qcow2Node
-from nbdwire.constants import CMD_FLAG_FAST_ZERO, STATE_HOLE, STATE_ZERO
+from nbdwire.constants import CMD_FLAG_FAST_ZERO, CMD_FLAG_NO_HOLE, STATE_HOLE, STATE_ZERO
 from nbdwire.export import OPAQUE_RUN, ZERO_RUN
 from nbdwire.extents import Extent
 from tests.support.qcow2 import RecordingFile, assert_clean, make, opened, pread, qemu_img
@@ -63,13 +63,27 @@ def test_a_sequential_disk_is_one_run(tmp_path: Path) -> None:
         assert runs[0][2] == 4 * MiB
 
 
-def test_zero_and_trim_keep_the_host_cluster_and_the_next_write_uses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["zero", "trim"])
+def test_zero_and_trim_give_the_host_cluster_back(verb: str, tmp_path: Path) -> None:
+    path = disk(tmp_path)
+    with opened(path) as node:
+        node.pwrite(memoryview(b"x" * CLUSTER), 0)
+        getattr(node, verb)(0, CLUSTER)
+        assert node.map(0, CLUSTER) == [(ZERO_RUN, 0, CLUSTER)]
+        assert node.extents(0, CLUSTER) == [Extent(0, CLUSTER, STATE_ZERO | STATE_HOLE)]
+        assert pread(node, CLUSTER, 0) == bytes(CLUSTER)
+    assert_clean(path)
+
+
+def test_zeroes_without_a_hole_keep_the_host_cluster_and_the_next_write_uses_it(
+    tmp_path: Path,
+) -> None:
     path = disk(tmp_path)
     with opened(path) as node:
         node.pwrite(memoryview(b"x" * CLUSTER), 0)
         [(fd, host, _)] = node.map(0, CLUSTER)
-        for verb in (node.zero, node.trim):
-            verb(0, CLUSTER)
+        for _ in range(2):
+            node.zero(0, CLUSTER, CMD_FLAG_NO_HOLE)
             assert node.map(0, CLUSTER) == [(ZERO_RUN, 0, CLUSTER)]
             assert node.extents(0, CLUSTER) == [Extent(0, CLUSTER, STATE_ZERO)]
             assert pread(node, CLUSTER, 0) == bytes(CLUSTER)
@@ -301,15 +315,19 @@ def test_a_write_where_no_data_can_be_fails_and_the_image_stays(
     with opened(path) as node:
         node.pwrite(memoryview(b"x" * CLUSTER), 0)
     patch_l2(path, entry)
-    before = path.read_bytes()[:65536]
+    before = bytearray(path.read_bytes()[:65536])
     with opened(path) as node:
-        if entry & 0x00FFFFFFFFFFFE00:
-            with pytest.raises(OSError, match="corrupt") as caught:
+        if not entry & 0x00FFFFFFFFFFFE00:  # not allocated then, whatever the flag says
+            node.pwrite(memoryview(b"y" * CLUSTER), 0)
+            return
+        for match in ("corrupt", "closed to writes"):
+            with pytest.raises(OSError, match=match) as caught:
                 node.pwrite(memoryview(b"y" * CLUSTER), 0)
             assert caught.value.errno == errno.EIO, what
-        else:  # no host offset: the cluster is not allocated, whatever the flag says
-            node.pwrite(memoryview(b"y" * CLUSTER), 0)
+    before[79] |= 2  # and nothing else than the corrupt bit
     assert path.read_bytes()[:65536] == before
+    with pytest.raises(ImageCorrupt, match="check -r all"), opened(path):
+        pass
 
 
 def test_an_l2_table_inside_a_cluster_is_an_error_of_the_request(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from fleece.block.node import Node
+from fleece.formats.qcow2 import constants as c
+from fleece.formats.qcow2.entries import corrupt
+from fleece.formats.qcow2.hosting import regular_end
 
 DEFAULT_LIMIT: Final = 32 << 20
 DIRTY_LIMIT: Final = 8 << 20
@@ -55,6 +58,7 @@ class TableCache:
         self._most = max(2, limit // length)
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._dirty: dict[int, Table] = {}
+        self._end = 0  # of the file, when it was last looked at
 
     @property
     def dirty_bytes(self) -> int:
@@ -67,9 +71,17 @@ class TableCache:
         if table is not None:
             self._tables.move_to_end(offset)
             return table
+        if offset >= self._end:
+            self._check_end(offset)
         data = bytearray(self._length)
         self._file.pread_into(memoryview(data), offset)
         return self._insert(Table(offset, data))
+
+    def _check_end(self, offset: int) -> None:
+        """A table behind the end would read as empty, and a write of it makes the file huge."""
+        self._end = regular_end(self._file) or c.MAX_SIZE
+        if offset >= self._end:
+            raise corrupt(f"a table at {offset:#x}, behind the end of the file")
 
     def add(self, offset: int, data: bytearray) -> Table:
         """A new table, which the caller has written already."""
@@ -86,6 +98,10 @@ class TableCache:
             if offset not in self._dirty and not table.busy:
                 del self._tables[offset]
                 return
+
+    def forget(self) -> None:
+        """Read every table again; the caller has written the dirty ones, and changed the file."""
+        self._tables = OrderedDict(self._dirty)
 
     def touch(self, table: Table, low: int, high: int) -> None:
         """Bytes [low, high) of ``table`` were changed and have to be written."""

@@ -73,6 +73,7 @@ PACKED: Final = 5  # compressed
 UNALLOCATED_OWN: Final = 6  # a subcluster without data in a cluster that has its place
 DELAYED: Final = 7  # was written, and no table says so yet (`fleece.formats.qcow2.pending`)
 KINDS_WITH_A_PLACE: Final = frozenset((ZERO_ALLOC, NORMAL, SHARED, UNALLOCATED_OWN))
+KINDS_WITHOUT_A_PLACE: Final = frozenset((UNALLOCATED, ZERO_PLAIN, SHARED, PACKED))
 KINDS_IN_FILE: Final = frozenset((NORMAL, SHARED, DELAYED))
 KINDS_OF_ZEROES: Final = frozenset((ZERO_PLAIN, ZERO_ALLOC))
 KINDS_UNALLOCATED: Final = frozenset((UNALLOCATED, UNALLOCATED_OWN))

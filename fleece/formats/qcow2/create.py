@@ -45,13 +45,15 @@ class CreateOptions:
 
     ``compression_type`` and ``preallocation`` are names. ``data_file`` is recorded as it is, and a
     relative one lies beside the image. ``encryption`` with ``passphrase`` makes a LUKS image.
-    ``overwrite``: replace what is at the path; a device keeps its size.
+    ``backing`` is a path, or with ``backing_verbatim`` any filename (``nbd://...``), recorded as it
+    is. ``overwrite``: replace what is at the path; a device keeps its size.
     """
 
     cluster_size: int = 65536
     version: int = 3
     backing: str | None = None
     backing_format: str | None = None
+    backing_verbatim: bool = False
     lazy_refcounts: bool = False
     preallocation: str = "off"
     refcount_bits: int = 16
@@ -198,13 +200,19 @@ def plan(size: int, options: CreateOptions, luks_bytes: int = 0) -> tuple[Header
         incompatible=incompatible,
         compatible=c.COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         autoclear=c.AUTOCLEAR_RAW_DATA_FILE if options.data_file_raw else 0,
-        backing_file=headers.backing_name(options.backing) if options.backing else None,
+        backing_file=_backing(options),
         backing_format=options.backing_format,
         crypt_method=c.CRYPT_LUKS if luks_bytes else c.CRYPT_NONE,
         compression_type=COMPRESSIONS.index(options.compression_type),
         extensions=_extensions(options, layout, luks_bytes),
     )
     return header, layout
+
+
+def _backing(options: CreateOptions) -> str | None:
+    if not options.backing or options.backing_verbatim:
+        return options.backing or None
+    return headers.backing_name(options.backing)
 
 
 def _layout(size: int, options: CreateOptions, luks_bytes: int) -> Layout:

@@ -26,6 +26,15 @@ def regular_end(file: Node) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
+def refresh_size(file: Node) -> None:
+    """Set ``size``, which is that at open, to the length that a regular file has now."""
+    if end := regular_end(file):
+        while isinstance(file, Filter):
+            file.size = end
+            file = file.next
+        file.size = end
+
+
 def _under_filters(file: Node) -> FileNode | None:
     while isinstance(file, Filter):
         file = file.next

@@ -20,7 +20,9 @@ from typing import Final
 from fleece.block.node import Node
 from fleece.errors import ImageCorrupt, ImageError, UnsupportedFeature
 from fleece.formats.qcow2 import compressed
+from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2 import header as headers
+from fleece.formats.qcow2.bitmaps import BitmapSet
 from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.options import Qcow2Options
 from fleece.formats.qcow2.rebuild import rebuild
@@ -53,11 +55,6 @@ class Qcow2Node(Qcow2Zeroer):
         header = read_header(file, name) if header is None else header
         headers.check_supported(header, name, writable=not read_only)
         _check_data_file(header, data_file, name)
-        if header.has_bitmaps and not read_only:
-            raise UnsupportedFeature(
-                f"{name}: writing would invalidate the persistent bitmaps of the image; open it "
-                "read-only, or remove them with: qemu-img bitmap --remove"
-            )
         try:
             if header.dirty and not read_only:
                 header = rebuild(file, header, name)
@@ -72,6 +69,9 @@ class Qcow2Node(Qcow2Zeroer):
                 counts=counts,
                 options=options,
             )
+            if not read_only and headers.extension(header, c.EXT_BITMAPS) is not None:
+                self.bitmaps = BitmapSet(self)
+                self.refresh_recorder()
         except OSError as error:
             kind = ImageCorrupt if error.errno in (errno.EIO, errno.EFBIG) else ImageError
             raise kind(f"{name}: {error.strerror or error}") from error
@@ -79,7 +79,13 @@ class Qcow2Node(Qcow2Zeroer):
     def _begin(self) -> None:
         if self.read_only:
             raise OSError(errno.EPERM, "opened read-only", self.name)
+        if self.bitmaps is not None:
+            self.bitmaps.begin()
         self._meta.begin()
+
+    def refresh_recorder(self) -> None:
+        """The set of bitmaps, or one of them, was changed while the disk was at rest."""
+        self._record = None if self.bitmaps is None else self.bitmaps.recorder
 
     def write_compressed(self, view: memoryview, offset: int) -> bool:
         """One whole cluster, or the disk's last bytes, compressed; False if it does not shrink.
@@ -144,11 +150,20 @@ class Qcow2Node(Qcow2Zeroer):
         """Write all metadata and close the files. OSError if that failed; they are closed then."""
         try:
             closed, self._closed = self._closed, True
-            if self._meta.begun and not closed:
+            stored = self.bitmaps is None or not self.bitmaps.changed
+            if not closed and not self.read_only and (self._meta.begun or not stored):
                 self._settle_all()
-                self._meta.close()
+                self._close_metadata()
         finally:
             super().close()
+
+    def _close_metadata(self) -> None:
+        try:
+            if self.bitmaps is not None and not self._meta.broken:
+                self._meta.flush()
+                self.bitmaps.store()
+        finally:
+            self._meta.close()
 
 
 def _check_data_file(header: Header, data_file: Node | None, name: str) -> None:

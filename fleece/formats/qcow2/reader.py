@@ -2,7 +2,7 @@
 """The reading half of the qcow2 driver: data, status and `map` through a backing chain."""
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from fleece.block.node import Node
 from fleece.block.null import clear
@@ -17,6 +17,9 @@ from fleece.formats.qcow2.unpacked import Unpacked
 from nbdwire.constants import STATE_HOLE, STATE_ZERO
 from nbdwire.export import OPAQUE_RUN, ZERO_RUN, Run
 from nbdwire.extents import Extent, coalesce
+
+if TYPE_CHECKING:
+    from fleece.formats.qcow2.bitmaps import BitmapSet
 
 Part: TypeAlias = tuple[int, int, int, int]
 """``(kind, where, offset, length)``: ``length`` bytes of the disk from ``offset``; ``where`` is the
@@ -74,6 +77,7 @@ class Qcow2Reader(Node):
         self._fd = descriptor(self.data)
         # What lies behind it in the file reads as zeroes, and sendfile cannot send it.
         self._data_end = self.data.size
+        self.bitmaps: BitmapSet | None = None  # of an image that is written
         self._closed = False
 
     @property
@@ -87,9 +91,17 @@ class Qcow2Reader(Node):
         if where >= 0:
             self.data.pread_into(buf, where)
             return
-        for part in self._parts(offset, len(buf)):
+        parts = self._parts(offset, len(buf))
+        if len(parts) > 1:
+            self._unpack_ahead(parts[1:])
+        for part in parts:
             at = part[2] - offset
             self._read_part(part, buf[at : at + part[3]])
+
+    def _unpack_ahead(self, parts: list[Part]) -> None:
+        for kind, where, _, _ in parts:
+            if kind == c.PACKED:
+                self._unpacked.prefetch(where)
 
     def pread_cached(self, buf: memoryview, offset: int) -> bool:
         """As `pread_into`, or False if data has to be waited for (the tables may have to be)."""
@@ -118,6 +130,8 @@ class Qcow2Reader(Node):
             elif kind in c.KINDS_UNALLOCATED and (n := self._in_backing(start, count)):
                 assert self.backing is not None
                 self.backing.prefetch(start, n)
+            elif kind == c.PACKED:
+                self._unpacked.prefetch(where)
 
     def _place(self, offset: int, length: int) -> int:
         """Where in the file a range lies that is inside one cluster with data; else -1."""
@@ -290,6 +304,7 @@ class Qcow2Reader(Node):
 
     def close(self) -> None:
         """Close the files. Idempotent."""
+        self._unpacked.close()
         if self.data is not self.file:
             self.data.close()
         self.file.close()

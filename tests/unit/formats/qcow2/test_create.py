@@ -198,6 +198,17 @@ def test_preallocated_space_is_there(tmp_path: Path, mode: str) -> None:
     assert_clean(path)
 
 
+@pytest.mark.parametrize(
+    ("verbatim", "recorded"), [(True, "nbd://host/x"), (False, "./nbd://host/x")]
+)
+def test_a_path_is_never_taken_for_a_protocol(
+    tmp_path: Path, verbatim: bool, recorded: str
+) -> None:
+    options = {"backing_format": "raw", "backing_verbatim": verbatim}
+    path = make(tmp_path / "x.qcow2", MiB, backing="nbd://host/x", **options)
+    assert header_of(path).backing_file == recorded
+
+
 def test_a_relative_data_file_lies_beside_the_image(tmp_path: Path) -> None:
     """formats.md §1.6: not in the directory of whoever calls."""
     make(tmp_path / "x.qcow2", MiB, data_file="x.raw")

@@ -13,19 +13,46 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import live, matrix, report
+from bench import certificates, live, matrix, report
 from bench.results import Row
 from bench.servers import NBDKIT, OURS, QEMU_NBD, STORAGE_DAEMON, versions
 from bench.tools import BenchFailed, find, need, say
 
 ROOT = Path(__file__).resolve().parents[1]
 MiB = 1 << 20
+SMALL = 256  # MiB, of an image from which only the page cache is read
+
+C = TypeVar("C", bound=matrix.AnyCase)
+
+# Title and a word on what ran, by the beginning of a row's name.
+TITLES = {
+    "live-": (
+        "Live writes under a fresh snapshot",
+        "`fleece serve`; each run writes to about half of the clusters, most of them once.\n",
+    ),
+    "tls-": (
+        "One raw image over TLS",
+        "A small program that serves with `nbdwire`, the same certificates for everybody, fio as "
+        "the client.\n",
+    ),
+    "form-": (
+        "The forms of replies",
+        "`fleece export -f raw`; one connection of a client of our own (`bench/lean.py`), for fio "
+        "always asks for structured replies; random places. Peers of these versions have no "
+        "extended headers: in those rows they answer with structured replies. No p99.\n",
+    ),
+    "connect-": (
+        "Connections",
+        "One client after another, 200 of them: it connects, lists the exports, leaves. CPU time "
+        "is for a thousand million of them.\n",
+    ),
+}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -49,9 +76,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def chosen_cases(options: argparse.Namespace) -> list[matrix.Case]:
-    """The rows of the plain matrix that are asked for."""
-    every = matrix.cases()
+def chosen_cases(options: argparse.Namespace, every: Sequence[C]) -> list[C]:
+    """Those rows of ``every`` that are asked for."""
     if options.rows:
         return [case for case in every if options.rows.search(case.name)]
     return [case for case in every if case.name in matrix.QUICK or not options.quick]
@@ -80,15 +106,33 @@ def run_rows(scenario: Any, cases: Sequence[Any], repeats: int) -> list[Row]:
         scenario.stop()
 
 
+def measure_matrix(
+    options: argparse.Namespace,
+    directory: Path,
+    size: int,
+    every: Sequence[C],
+    *,
+    tls: bool = False,
+) -> Iterator[list[Row]]:
+    """One table: of those of ``every`` that are asked for, on images of ``size`` bytes."""
+    chosen = chosen_cases(options, every)
+    if not chosen:
+        return
+    names = servers(options, {QEMU_NBD: "qemu-nbd", NBDKIT: "nbdkit"})
+    pki = certificates.create(directory / "pki") if tls else None
+    scenario = matrix.Matrix(names, directory, size, options.runtime, pki)
+    yield run_rows(scenario, chosen, options.repeat)
+
+
 def measure(options: argparse.Namespace, directory: Path) -> list[list[Row]]:
     """The rows of both scenarios, without those that nothing was asked of."""
     size = options.size * MiB
-    tables = []
-    if plain := chosen_cases(options):
-        names = servers(options, {QEMU_NBD: "qemu-nbd", NBDKIT: "nbdkit"})
-        tables.append(
-            run_rows(matrix.Matrix(names, directory, size, options.runtime), plain, options.repeat)
-        )
+    tables = [
+        *measure_matrix(options, directory, size, matrix.cases()),
+        *measure_matrix(options, directory, SMALL * MiB, matrix.tls_cases(), tls=True),
+        *measure_matrix(options, directory, SMALL * MiB, matrix.form_cases()),
+        *measure_matrix(options, directory, SMALL * MiB, matrix.connect_cases()),
+    ]
     if under_snapshot := chosen_live(options):
         names = servers(options, {STORAGE_DAEMON: "qemu-storage-daemon"})
         # bounded by bytes and short, so it can be afforded more often
@@ -103,15 +147,14 @@ def text_of(tables: Sequence[Sequence[Row]], directory: Path, options: argparse.
     parts = [report.machine(directory, versions())]
     parts.append(
         f"{time.strftime('%Y-%m-%d', time.gmtime())}; medians of runs in turns; images of "
-        f"{options.size} MiB of random data; unix sockets. Higher is better, except for p99 (of "
-        "latency at depth 1) and CPU time.\n"
+        f"{options.size} MiB of random data ({SMALL} for TLS, forms and connections); unix "
+        "sockets. Higher is better, except for p99 (of latency at depth 1) and CPU time.\n"
     )
     plain = f"`fleece export -f raw`; {options.runtime:g} s per run.\n"
-    under = "`fleece serve`; each run writes to about half of the clusters, most of them once.\n"
     for rows in tables:
-        live_rows = rows[0].name.startswith("live-")
-        title = "Live writes under a fresh snapshot" if live_rows else "One raw image, exported"
-        parts += [f"## {title}\n", under if live_rows else plain]
+        kind = next((start for start in TITLES if rows[0].name.startswith(start)), "")
+        title, what = TITLES.get(kind, ("One raw image, exported", plain))
+        parts += [f"## {title}\n", what]
         parts += [report.summary(rows), report.table(rows)]
     return "\n".join(parts)
 
@@ -148,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     # So that the servers are ended and the images removed, as on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.list:
-        print("\n".join([c.name for c in matrix.cases()] + [f"live-{c[0]}" for c in live.CASES]))
+        print("\n".join([*matrix.names(), *(f"live-{c[0]}" for c in live.CASES)]))
         return 0
 
     def work() -> None:

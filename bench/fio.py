@@ -62,11 +62,14 @@ class Result:
     p99: float
 
 
-def perform(job: Job, uri: str, scratch: Path) -> Result:
-    """Run ``job`` against ``uri``; `BenchFailed` if fio or any request failed."""
+def perform(job: Job, uri: str, scratch: Path, home: Path | None = None) -> Result:
+    """Run ``job`` against ``uri``; `BenchFailed` if fio or any request failed.
+
+    ``home`` is where libnbd looks for certificates.
+    """
     output = scratch / "fio.json"
     command = [need("fio"), *job.arguments(), f"--uri={uri}", f"--output={output}"]
-    run(command, timeout=job.seconds + 120)
+    run(command, timeout=job.seconds + 120, home=home)
     text = output.read_text()
     outcome = json.loads(text[text.index("{\n") :])["jobs"][0]
     if outcome["error"]:

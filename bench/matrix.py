@@ -5,8 +5,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from bench.fio import Job, perform
+from bench import lean
+from bench.fio import Job, Result, perform
 from bench.results import Row, Sample
 from bench.servers import Server
 from bench.tools import make_images, say, settle
@@ -32,6 +34,14 @@ QUICK = (
     "write-1m-d8-c4-cached",
     "randread-4k-d32-c1-uncached",
     "read-1m-d8-c1-uncached",
+    "tls-randread-4k-d1-c1-cached",
+    "tls-randread-4k-d32-c1-cached",
+    "tls-read-256k-d8-c1-cached",
+    "tls-write-256k-d8-c1-cached",
+    "form-simple-read-4k-d32",
+    "form-structured-read-4k-d32",
+    "form-extended-read-4k-d32",
+    "connect-list-leave",
 )
 
 
@@ -70,14 +80,91 @@ def cases() -> list[Case]:
     return [Case(p, b, d, c, cached) for cached, p, b, d, c in product]
 
 
+@dataclass(frozen=True)
+class TLSCase(Case):
+    """As a plain one, on servers that require TLS."""
+
+    @property
+    def name(self) -> str:
+        """Such as ``tls-randread-4k-d32-c1-cached``."""
+        return f"tls-{super().name}"
+
+
+@dataclass(frozen=True)
+class FormCase:
+    """One form of requests and replies. Who has no extended headers answers in structured ones."""
+
+    form: str
+    pattern: str  # read, write
+    block: str
+    depth: int
+    cached: bool = True
+
+    @property
+    def name(self) -> str:
+        """Such as ``form-simple-read-4k-d32``."""
+        return f"form-{self.form}-{self.pattern}-{self.block}-d{self.depth}"
+
+    def load(self, size: int, seconds: float) -> lean.Load:
+        """For the lean client; random places."""
+        write, block = self.pattern == "write", _BLOCKS[self.block]
+        return lean.Load(self.form, write, block, self.depth, size, seconds)
+
+
+@dataclass(frozen=True)
+class ConnectCase:
+    """``count`` connections, each of which asks what there is and leaves."""
+
+    name: str
+    count: int
+    cached: bool = True
+
+
+AnyCase: TypeAlias = Case | FormCase | ConnectCase
+
+_FEW = (("{}read", "4k", 1), ("{}read", "4k", 32), ("{}write", "4k", 32), ("read", "256k", 8),
+        ("write", "256k", 8))  # fmt: skip
+
+
+def tls_cases() -> list[TLSCase]:
+    """The rows over TLS."""
+    return [TLSCase(pattern.format("rand"), b, d, 1, True) for pattern, b, d in _FEW]
+
+
+def form_cases() -> list[FormCase]:
+    """The rows that tell the forms apart."""
+    return [FormCase(form, p.format(""), b, d) for form in lean.FORMS for p, b, d in _FEW]
+
+
+def connect_cases() -> list[ConnectCase]:
+    """The rows of connections."""
+    return [ConnectCase("connect-list-leave", 200)]
+
+
+def names() -> list[str]:
+    """Of every row of every table that `Matrix` can run."""
+    every = (*cases(), *tls_cases(), *form_cases(), *connect_cases())
+    return [case.name for case in every]
+
+
 class Matrix:
     """Servers that run side by side, each on its own copy of one random image."""
 
-    def __init__(self, names: Sequence[str], directory: Path, size: int, seconds: float) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        directory: Path,
+        size: int,
+        seconds: float,
+        certificates: Path | None = None,
+    ) -> None:
         self._directory = directory
         self._size = size
         self._seconds = seconds
-        self.servers = [Server(name, directory / f"{name}.raw", directory) for name in names]
+        self._home = None if certificates is None else certificates / "home"
+        self.servers = [
+            Server(name, directory / f"{name}.raw", directory, certificates) for name in names
+        ]
 
     def start(self) -> None:
         """Make the images and start the servers."""
@@ -91,7 +178,7 @@ class Matrix:
             server.stop()
             server.image.unlink(missing_ok=True)
 
-    def row(self, case: Case, repeats: int) -> Row:
+    def row(self, case: AnyCase, repeats: int) -> Row:
         """Every server ``repeats`` times, in an order that rotates."""
         row = Row(case.name)
         for turn in range(repeats):
@@ -101,11 +188,18 @@ class Matrix:
         say(row.line())
         return row
 
-    def _sample(self, server: Server, case: Case) -> Sample:
+    def _sample(self, server: Server, case: AnyCase) -> Sample:
         server.process.check()
         images = [other.image for other in self.servers]
         settle(images, drop=None if case.cached else server.image)
         before = server.process.cpu_seconds()
-        result = perform(case.job(self._size, self._seconds), server.uri, self._directory)
+        result = self._perform(case, server.uri)
         spent = server.process.cpu_seconds() - before
         return Sample(result, spent, server.process.peak_memory())
+
+    def _perform(self, case: AnyCase, uri: str) -> Result:
+        if isinstance(case, FormCase):
+            return lean.perform(case.load(self._size, self._seconds), uri)
+        if isinstance(case, ConnectCase):
+            return lean.connections(uri, case.count)
+        return perform(case.job(self._size, self._seconds), uri, self._directory, self._home)

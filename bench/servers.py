@@ -21,11 +21,17 @@ def accepts(path: Path) -> bool:
 
 
 class Server:
-    """The server ``name`` on ``image``. It runs from `start` to `stop`."""
+    """The server ``name`` on ``image``. It runs from `start` to `stop`.
 
-    def __init__(self, name: str, image: Path, directory: Path) -> None:
+    With ``certificates``, a directory of `bench.certificates`, it requires TLS.
+    """
+
+    def __init__(
+        self, name: str, image: Path, directory: Path, certificates: Path | None = None
+    ) -> None:
         self.name = name
         self.image = image
+        self._certificates = certificates
         self._socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
         self._process: Process | None = None
@@ -33,7 +39,8 @@ class Server:
     @property
     def uri(self) -> str:
         """Of its only export."""
-        return f"nbd+unix:///?socket={self._socket}"
+        scheme = "nbds+unix" if self._certificates else "nbd+unix"
+        return f"{scheme}:///?socket={self._socket}"
 
     @property
     def process(self) -> Process:
@@ -42,12 +49,19 @@ class Server:
         return self._process
 
     def _command(self) -> list[str]:
-        where, image = str(self._socket), str(self.image)
+        where, image, tls = str(self._socket), str(self.image), self._certificates
         if self.name == OURS:
+            if tls is not None:
+                return [sys.executable, str(Path(__file__).with_name("ours.py")), where, image,
+                        str(tls)]  # fmt: skip
             return [sys.executable, "-m", "fleece", "export", "-f", "raw", "--socket", where, image]
         if self.name == QEMU_NBD:
-            return [need("qemu-nbd"), "-f", "raw", "-t", "-e", "16", "-k", where, image]
-        return [need("nbdkit"), "-f", "-U", where, "file", image]
+            words = [need("qemu-nbd"), "-f", "raw", "-t", "-e", "16", "-k", where]
+            return words + _qemu_tls(tls) + [image]
+        words = [need("nbdkit"), "-f", "-U", where]
+        if tls is not None:
+            words += ["--tls=require", f"--tls-certificates={tls}"]
+        return [*words, "file", image]
 
     def start(self) -> None:
         """Return when it accepts connections."""
@@ -59,10 +73,18 @@ class Server:
         return accepts(self._socket)
 
     def stop(self) -> None:
-        """End it. Idempotent."""
+        """End it, and remove its socket, which nbdkit leaves behind. Idempotent."""
         if self._process is not None:
             self._process.stop()
             self._process = None
+            self._socket.unlink(missing_ok=True)
+
+
+def _qemu_tls(certificates: Path | None) -> list[str]:
+    if certificates is None:
+        return []
+    credentials = f"tls-creds-x509,id=tls0,endpoint=server,dir={certificates},verify-peer=off"
+    return ["--object", credentials, "--tls-creds", "tls0"]
 
 
 def versions() -> dict[str, str]:

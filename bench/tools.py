@@ -38,10 +38,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(command: Sequence[str], timeout: float = 300) -> str:
+def run(command: Sequence[str], timeout: float = 300, home: Path | None = None) -> str:
     """Standard output of ``command``; `BenchFailed` with its last words if it fails."""
+    environment = None if home is None else {**os.environ, "HOME": str(home)}
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing said"]

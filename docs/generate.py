@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from fleece import config, yamlfile
+from fleece.cli.image import LazyCommands
 from fleece.cli.main import BROKEN_PIPE, INTERRUPTED, build_parser
 from fleece.control.commands import REGISTRY
 from fleece.control.events import MEMBERS
@@ -78,6 +79,8 @@ def cli() -> str:
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     for action in parser._actions:
+        if isinstance(action, LazyCommands):
+            action.load_all()
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
                 nested = list(_commands(child))

@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Final
 
 from fleece import __version__
-from fleece.cli import cursor, export, serve, snapshot, status
+from fleece.cli import cursor, export, image, serve, snapshot, status
 from fleece.cli.arguments import Parser
 from fleece.cli.output import report_error
 from fleece.errors import FleeceError
 
-COMMANDS: Final[tuple[ModuleType, ...]] = (serve, export, snapshot, status, cursor)
+COMMANDS: Final[tuple[ModuleType, ...]] = (serve, export, image, snapshot, status, cursor)
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C: 128 and the number of SIGINT, as shells have it."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image formats: raw and qcow2. `open_image` makes a node of a file, `probe` guesses its format.
 
+`fleece.formats.opening.open_node` opens whatever a command line can name.
 Importing this is cheap: the qcow2 driver, which needs numpy, is imported when an image is opened.
 """
 
@@ -8,8 +9,10 @@ import os
 
 from fleece.block.file import FileNode
 from fleece.block.node import Node
-from fleece.errors import UnsupportedFeature
-from fleece.formats.raw import QCOW2_MAGIC, GuessedRawNode, magic_of
+from fleece.errors import UnsupportedFeature, UsageError
+from fleece.formats.chain import POLICIES, Policy
+from fleece.formats.opening import open_path
+from fleece.formats.raw import format_of
 
 FORMATS = ("raw", "qcow2")
 
@@ -26,7 +29,7 @@ def probe(path: str | os.PathLike[str]) -> str:
     """
     file = FileNode(path, read_only=True, locking=False)
     try:
-        return "qcow2" if magic_of(file) == QCOW2_MAGIC else "raw"
+        return format_of(file)
     finally:
         file.close()
 
@@ -40,27 +43,15 @@ def open_image(
 ) -> Node:
     """The image ``path`` as a node, locked against other programs; close it in the end.
 
-    ``fmt`` is one of `FORMATS`, or None to look (see `probe`). ``backing`` says which backing files
-    named in an image are opened: ``"same-tree"`` (within the directory of the image),
+    ``fmt`` is one of `FORMATS`, or None to look (see `probe`). ``backing`` says which backing and
+    data files named in an image are opened: ``"same-tree"`` (within the directory of the image),
     ``"any-local"`` or ``"none"``; never a device, a ``json:`` name or one with a protocol.
     `NotFound`, `ImageInUse` or another `ImageError`.
     """
-    if fmt == "raw":
-        return FileNode(path, read_only=read_only)
-    if fmt is None:
-        guessed = GuessedRawNode(path, read_only=read_only)
-        try:
-            looks_raw = magic_of(guessed) != QCOW2_MAGIC
-        except BaseException:
-            guessed.close()
-            raise
-        if looks_raw:
-            return guessed
-        guessed.close()
-    elif fmt != "qcow2":
+    if backing not in POLICIES:
+        raise UsageError(f"backing policy {backing!r} is unknown; use {', '.join(POLICIES)}")
+    if fmt is not None and fmt not in FORMATS:
         raise UnsupportedFeature(
             f"{os.fspath(path)}: format {fmt!r} is not supported; use {' or '.join(FORMATS)}"
         )
-    from fleece.formats.chain import open_chain
-
-    return open_chain(path, read_only=read_only, backing=backing)
+    return open_path(path, fmt, read_only=read_only, policy=Policy.of([backing]))

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A qcow2 image with all of its backing files, within what the caller allows.
+"""Which files an image may name: the policy for backing files and external data files.
 
-An image may name any file as its backing file, and whoever made the image gets to read it. So a
-name is followed only if it is a plain path that the policy covers, to a regular file, and with the
-format that the image says; a chain that comes back to a file, or is too long, is refused.
+Whoever made an image gets to read what it names. So a name is followed only if it is a plain path
+that the policy covers, to a regular file; never ``json:``, a network, a device or a FIFO. What a
+user names on the command line is the user's own business, and no policy asks.
+(formats.md §12; CVE-2015-5163, CVE-2024-32498, CVE-2024-4467 are what happens without.)
 """
 
 import os
 import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from fleece.block.file import FileNode
-from fleece.block.node import Node
-from fleece.errors import ImageCorrupt, ImageError, NotFound, UnsupportedFeature, UsageError
-from fleece.formats.qcow2.constants import MAX_CHAIN_DEPTH
-from fleece.formats.qcow2.header import Header
-from fleece.formats.qcow2.image import Qcow2Node, read_header
+from fleece.errors import ImageError, NotFound, UsageError
 
 SAME_TREE: Final = "same-tree"
 ANY_LOCAL: Final = "any-local"
@@ -24,113 +22,116 @@ NONE: Final = "none"
 POLICIES: Final = (SAME_TREE, ANY_LOCAL, NONE)
 
 
-class _Layer(NamedTuple):
-    """One file of a chain; ``header`` is None if it is raw."""
+@dataclass(frozen=True)
+class Policy:
+    """``same_tree``: what lies in the directory of the image that was opened, or below it.
 
-    file: FileNode
-    header: Header | None
+    ``directories`` (real paths) are allowed as well; ``any_local``: every regular file is.
+    """
+
+    same_tree: bool = True
+    any_local: bool = False
+    directories: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Policy":
+        """From `POLICIES`, ``any`` or directories, which add to same-tree. `UsageError` if not."""
+        directories: list[Path] = []
+        any_local = none = False
+        for word in words:
+            if word in (ANY_LOCAL, "any"):
+                any_local = True
+            elif word == NONE:
+                none = True
+            elif word != SAME_TREE:
+                directories.append(_directory(word))
+        if none and (any_local or directories):
+            raise UsageError("backing policy none allows nothing; leave it or the others out")
+        return cls(not none, any_local, tuple(directories))
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no name is ever followed."""
+        return not (self.same_tree or self.any_local or self.directories)
+
+    def resolve(self, name: str, what: str, image: Path | None, root: Path | None) -> Path:
+        """The real path of ``name``, which ``image`` gives as its ``what`` ("backing file").
+
+        ``root`` is the directory of the image that was opened; both are None for an image that is
+        no file. `ImageError` or `NotFound`.
+        """
+        shown = f"{image}: its {what} {name!r}"
+        if self.nothing:
+            raise ImageError(f"{image}: it has a {what}, {name!r}, and these are not allowed")
+        if has_protocol(name):
+            raise ImageError(f"{shown} is not a plain path; not opened")
+        if image is None and not os.path.isabs(name):
+            raise ImageError(f"its {what} {name!r} is relative, and the image is no file; name it")
+        base = Path("/") if image is None else Path(os.path.realpath(image)).parent
+        try:
+            path = Path(os.path.realpath(base / name))
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{shown} is not a path that can be: {error}") from None
+        if not self.covers(path, root):
+            raise ImageError(
+                f"{shown} lies outside of {root}; not opened, "
+                f"allow it with --allow-backing {path.parent}"
+            )
+        _check_regular(path, shown)
+        return path
+
+    def covers(self, path: Path, root: Path | None) -> bool:
+        """Whether a file at the real path ``path`` may be opened."""
+        roots = (*self.directories, *((root,) if self.same_tree and root is not None else ()))
+        return self.any_local or any(path.is_relative_to(allowed) for allowed in roots)
+
+    def check_opened(self, fd: int, what: str, path: Path, root: Path | None) -> None:
+        """Once more, of the file that was opened: the path may have become another one since."""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ImageError(f"{path}: a {what} named by an image must be a regular file")
+        try:
+            real = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:
+            return  # no /proc here: what was looked at before has to do
+        if not self.covers(real, root):
+            raise ImageError(f"{path}: the {what} was replaced while it was opened; try again")
 
 
-def open_chain(path: str | os.PathLike[str], *, read_only: bool, backing: str) -> Node:
-    """The qcow2 image ``path``; see `fleece.formats.open_image` for arguments and errors."""
-    if backing not in POLICIES:
-        raise UsageError(f"backing policy {backing!r} is unknown; use {', '.join(POLICIES)}")
-    layers: list[_Layer] = []
-    try:
-        _collect(layers, Path(path), read_only, backing)
-        return _assemble(layers, read_only)
-    except BaseException:
-        for layer in layers:
-            layer.file.close()
-        raise
+SAME_TREE_POLICY: Final = Policy()
 
 
-def _collect(layers: list[_Layer], path: Path, read_only: bool, policy: str) -> None:
-    """Open the files of the chain, from the top, into ``layers``."""
-    root = Path(os.path.realpath(path)).parent
-    seen: set[tuple[int, int]] = set()
-    current, fmt = path, "qcow2"
-    while True:
-        layer = _open_layer(current, fmt, read_only or bool(layers))
-        layers.append(layer)
-        if len(layers) > 1:
-            _check_regular(layer.file, current)
-        _check_chain(layer.file, current, seen)
-        if layer.header is None or layer.header.backing_file is None:
-            return
-        directory = Path(os.path.realpath(current)).parent
-        fmt = _backing_format(layer.header, current)
-        current = _resolve(layer.header.backing_file, current, directory, root, policy)
-
-
-def _open_layer(path: Path, fmt: str, read_only: bool) -> _Layer:
-    file = FileNode(path, read_only=read_only)
-    try:
-        return _Layer(file, read_header(file, file.name) if fmt == "qcow2" else None)
-    except OSError as error:
-        file.close()
-        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except BaseException:
-        file.close()
-        raise
-
-
-def _check_chain(file: FileNode, path: Path, seen: set[tuple[int, int]]) -> None:
-    status = os.fstat(file.fileno())
-    identity = (status.st_dev, status.st_ino)
-    if identity in seen:
-        raise ImageCorrupt(f"{path}: the chain of backing files comes back to this file")
-    if len(seen) >= MAX_CHAIN_DEPTH:
-        raise ImageError(f"{path}: more than {MAX_CHAIN_DEPTH} backing files; flatten the chain")
-    seen.add(identity)
-
-
-def _check_regular(file: FileNode, path: Path) -> None:
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise ImageError(f"{path}: a backing file named by an image must be a regular file")
-
-
-def _backing_format(header: Header, path: Path) -> str:
-    fmt = header.backing_format
-    name = header.backing_file
-    if fmt is None:
-        raise ImageError(
-            f"{path}: it names its backing file {name!r} without a format; "
-            "say which it is with: qemu-img rebase -u -F FORMAT -b BACKING"
+def _directory(word: str) -> Path:
+    path = Path(os.path.realpath(word))
+    if not path.is_dir():
+        raise UsageError(
+            f"backing policy {word!r} is unknown; use a directory, any, none or {SAME_TREE}"
         )
-    if fmt not in ("raw", "qcow2"):
-        raise UnsupportedFeature(f"{path}: backing files of format {fmt!r} are not supported")
-    return fmt
-
-
-def _resolve(name: str, image: Path, directory: Path, root: Path, policy: str) -> Path:
-    """The path of backing file ``name`` of ``image``; ImageError if it must not be opened."""
-    if policy == NONE:
-        raise ImageError(f"{image}: it has a backing file, {name!r}, and these are not allowed")
-    if ":" in name.split("/", 1)[0]:
-        raise ImageError(f"{image}: its backing file {name!r} is not a plain path; not opened")
-    path = Path(os.path.realpath(directory / name))
-    if policy == SAME_TREE and not path.is_relative_to(root):
-        raise ImageError(
-            f"{image}: its backing file {name!r} lies outside of {root}; not opened, "
-            "allow it with the backing policy any-local"
-        )
-    # Looked at before it is opened: opening a FIFO or a device may do something.
-    if not path.exists():
-        raise NotFound(f"{image}: its backing file {name!r} does not exist")
-    if not path.is_file():
-        raise ImageError(f"{image}: its backing file {name!r} is not a regular file; not opened")
     return path
 
 
-def _assemble(layers: list[_Layer], read_only: bool) -> Node:
-    """Nodes from the bottom up; each takes over the one below it."""
-    node: Node | None = None
-    for depth in range(len(layers) - 1, -1, -1):
-        file, header = layers[depth]
-        if header is None:
-            node = file
-        else:
-            node = Qcow2Node(file, backing=node, header=header, read_only=read_only or depth > 0)
-    assert node is not None
-    return node
+def _check_regular(path: Path, shown: str) -> None:
+    """Looked at before it is opened: opening a FIFO or a device may do something."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise NotFound(f"{shown} does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{shown} cannot be opened: {reason}") from None
+    if not stat.S_ISREG(mode):
+        raise ImageError(f"{shown} is not a regular file; not opened")
+
+
+def has_protocol(name: str) -> bool:
+    """Whether there is a colon before the first slash: then QEMU takes it for ``protocol:rest``."""
+    return ":" in name.split("/", 1)[0]
+
+
+def combined(image: str, name: str) -> str:
+    """``name``, which ``image`` names, with the directory of ``image`` in front if need be.
+
+    Put together as text, as QEMU shows it; what is opened is what `Policy.resolve` returns.
+    """
+    if os.path.isabs(name) or has_protocol(name) or "/" not in image:
+        return name
+    return f"{image.rpartition('/')[0]}/{name}"

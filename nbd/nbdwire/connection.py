@@ -32,6 +32,10 @@ __all__ = ["Connection", "House", "PlainSession", "ServedExport"]
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS: Final = 10.0
+UNTOLD: Final = (
+    "it did not say why; often it does not trust whoever signed this server's certificate, or the "
+    "certificate is for another name"
+)
 REFUSAL_SECONDS: Final = 2.0
 SOCKET_BUFFER: Final = 2 << 20
 _DRAIN_MOST: Final = 16  # receptions of what a client has sent and nobody will read
@@ -75,6 +79,7 @@ class Connection:
         self._account = house.budget.open(lambda why: self.hang_up(socket.SHUT_RDWR, why))
         self._loop: Loop | None = None
         self._why = ""
+        self._turned = False  # to TLS, with or without success
         self._closing = threading.Lock()
         self.task = Task()
 
@@ -173,9 +178,10 @@ class Connection:
             return None
 
         def upgrade(sock: socket.socket) -> Stream:
+            self._catalogue.refused = ""
+            self._turned = True
             stream = tls.upgrade(sock)
             self._catalogue.peer = self.peer.with_tls(stream)
-            self._catalogue.refused = ""
             return stream
 
         return upgrade
@@ -241,6 +247,8 @@ class Connection:
         refused = self._why or self._catalogue.refused
         if refused:
             self._log_refused(refused)
+        elif self._turned and not self.peer.tls:
+            self._log_refused(f"no TLS: {why} ({UNTOLD})")
         elif self._terms.mode == "required" and not self.peer.tls:
             self._log_refused(f"it did not turn to TLS, which is required here ({why})")
         else:

@@ -5,11 +5,13 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import select
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
@@ -23,6 +25,7 @@ FIRST_INHERITED: Final = 3  # SD_LISTEN_FDS_START
 _NO_SUCH_ADDRESS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _REST_MILLISECONDS: Final = 100
+_COMPLAIN_SECONDS: Final = 10.0
 
 Where: TypeAlias = str | NBDURI | socket.socket | int
 """A URI, or a socket (or its descriptor) that somebody else has bound."""
@@ -48,6 +51,7 @@ class Listener:
             self._file = None  # whoever made it also removes it
             self.uri = uri_of(self._sockets[0])
         self._accepted = accepted
+        self._complained = -math.inf
         self._wake, self._alarm = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="nbd-accept", daemon=True)
 
@@ -73,11 +77,21 @@ class Listener:
             sock, address = listening.accept()
         except OSError as problem:
             if problem.errno in _OUT_OF_RESOURCES:
-                log.warning("cannot accept a client at %s: %s", self.uri, problem.strerror)
+                self._complain(problem)
                 self._rest()  # the client stays in the backlog meanwhile
             return
         sock.setblocking(True)
         self._accepted(sock, address)
+
+    def _complain(self, problem: OSError) -> None:
+        now = time.monotonic()
+        if now - self._complained >= _COMPLAIN_SECONDS:
+            self._complained = now
+            log.warning(
+                "cannot accept clients at %s: %s; they wait until that is over",
+                self.uri,
+                problem.strerror,
+            )
 
     def _rest(self) -> None:
         poll = select.poll()

@@ -58,11 +58,13 @@ class Lookout:
         began = perf_counter()
         if self._lively and self._turn.acquire(blocking=False):
             try:
-                while not self._poll(0) and perf_counter() - began < LOOK:
+                while perf_counter() - began < LOOK:
+                    if self._poll(0):
+                        return began
                     sched_yield()
             finally:
                 self._turn.release()
-        elif not self._lively and not self._poll(IDLE):
+        if not self._poll(IDLE):
             self.idle = True
         return began
 

@@ -42,17 +42,20 @@ _CLIENT_IS_GONE: Final = frozenset(
     }
 )
 
+# Not of this file system, or of this kind of file: its bytes are copied from now on.
+_NO_SENDFILE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
 
 class Outgoing:
     """The sending half of `nbdwire.worker.Worker`, which is one object for the sake of speed."""
 
     __slots__ = (
+        "_can_sendfile",
         "_data",
         "_out",
         "_out_view",
         "_requests",
         "_rest_stream",
-        "_send_file",
         "_share",
         "_stream",
         "_used",
@@ -71,8 +74,7 @@ class Outgoing:
         self._share: Share | None = requests.account.share() if requests.account else None
         secure = getattr(stream, "secure", False)
         self._rest_stream: Callable[[], None] | None = getattr(stream, "rest", None)
-        can_sendfile = not secure or getattr(stream, "can_sendfile", False)
-        self._send_file = self._sendfile if can_sendfile else self._copy_file
+        self._can_sendfile = not secure or getattr(stream, "can_sendfile", False)
 
     def _append(self, reply: bytes) -> None:
         """Put a reply behind the others; the buffer grows for one that is larger than it."""
@@ -211,11 +213,15 @@ class Outgoing:
             return None
         left = count
         while left:
+            send = self._sendfile if self._can_sendfile else self._copy_file
             try:
-                sent = self._send_file(fd, host, left)
+                sent = send(fd, host, left)
             except OSError as problem:
                 if problem.errno in _CLIENT_IS_GONE:
                     raise
+                if self._can_sendfile and problem.errno in _NO_SENDFILE:
+                    self._can_sendfile = False
+                    continue
                 return problem, count - left
             if not sent:  # the file has become shorter: what is behind its end reads as zeroes
                 self._send_zeroes(left)

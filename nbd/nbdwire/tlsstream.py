@@ -48,6 +48,17 @@ _HINTS: Final = {
     "BINDER_DOES_NOT_VERIFY": "its key is another one",
     "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "a record was damaged or forged",
 }
+# What the other side means by it.
+_ALERTS: Final = {
+    "UNKNOWN_CA": "it does not trust the authority that signed this side's certificate",
+    "CERTIFICATE_UNKNOWN": "it does not accept this side's certificate",
+    "BAD_CERTIFICATE": "it does not accept this side's certificate",
+    "CERTIFICATE_EXPIRED": "this side's certificate is too old, or a clock is wrong",
+    "CERTIFICATE_REVOKED": "this side's certificate was revoked",
+    "CERTIFICATE_REQUIRED": "it wants this side to show a certificate",
+    "PROTOCOL_VERSION": "the two sides have no version of TLS in common",
+    "UNKNOWN_PSK_IDENTITY": "it has no key for that name",
+}
 
 _UNKNOWN_SIGNER: Final = (18, 19, 20, 21)  # X509_V_ERR_*, with four texts that few understand
 
@@ -336,7 +347,8 @@ def explain(problem: ssl.SSLError) -> str:
     # Older versions of OpenSSL know alerts by the protocol that brought them in.
     alert = re.fullmatch(r"(?:SSLV3|TLSV1|TLSV13)_ALERT_(\w+)", reason)
     if alert:
-        return f"it refused, saying: {_words(alert[1])}"
+        hint = _ALERTS.get(alert[1])
+        return f"it refused, saying: {_words(alert[1])}" + (f" ({hint})" if hint else "")
     return _words(reason) or re.sub(r"\[[^]]*\] ?| ?\(_ssl\.c:\d+\)", "", str(problem))
 
 

@@ -75,9 +75,12 @@ def nothing_left(server: Server) -> Iterator[None]:
     wait_until(lambda: server.clients() == 0)
     threads, files = threading.active_count(), descriptors()
     yield
-    # A client that is gone already may still be waiting to be accepted.
+    # A client that is gone already may still be waiting to be accepted. Threads: a server keeps
+    # one that has nothing to do for a second, so there may be fewer than before.
     wait_until(
-        lambda: (server.clients(), threading.active_count(), descriptors()) == (0, threads, files)
+        lambda: server.clients() == 0
+        and threading.active_count() <= threads
+        and descriptors() == files
     )
     assert server._house.budget.held == 0
 
@@ -397,7 +400,7 @@ def _impatient(real: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.mark.timeout(240)
 def test_1000_idle_connections_cost_little_and_go_without_a_trace(tmp_path: Path) -> None:
-    """Of their memory at most a tenth stays with the allocator, however often they come."""
+    """What stays with the allocator does not grow, however often they come."""
     if not os.environ.get("FLEECE_ALONE"):
         # Memory is counted in a process of its own: what earlier tests left in the allocator of
         # this one would count too.
@@ -414,7 +417,8 @@ def test_1000_idle_connections_cost_little_and_go_without_a_trace(tmp_path: Path
         with connected(where) as client:
             client.in_step()
         at_first = resident()
-        for _ in range(1 + SOAK):
+        left = []
+        for _ in range(3 + SOAK):
             with nothing_left(server):
                 before = resident()
                 with ExitStack() as stack:
@@ -428,11 +432,12 @@ def test_1000_idle_connections_cost_little_and_go_without_a_trace(tmp_path: Path
                     with connected(where) as one_more:
                         one_more.in_step()
                     assert time.perf_counter() - began < 0.5
-            left = resident() - at_first
+            left.append(resident() - at_first)
             assert not [thing for thing in gc.get_objects() if type(thing) is Connection]
         print(f"{each / 1024:.0f} KiB for each idle connection")
-        assert each < 1.5 * MIB
-        assert left < 100 * each
+        assert each < MIB / 4
+        print(f"left over, in KiB: {[bytes_left >> 10 for bytes_left in left]}")
+        assert left[-1] - left[0] < 4 * MIB
     node.close()
 
 

@@ -190,6 +190,7 @@ def test_info_agrees_with_nbdinfo(tmp_path: Path) -> None:
         uri = uri.replace("unix:///", "unix:///disk")
         theirs = json.loads(subprocess.check_output([nbdinfo, "--json", uri]))["exports"][0]
         ours = json.loads(tool("info", "--json", uri).stdout)["exports"][0]
+        assert set(theirs) - set(ours) <= {"content"}  # which nbdinfo asks the program file
         same = set(theirs) & set(ours) - {"uri", "export-size-str"}
         assert {"export-size", "is_read_only", "can_trim", "contexts", "description"} <= same
         assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
@@ -197,3 +198,41 @@ def test_info_agrees_with_nbdinfo(tmp_path: Path) -> None:
         assert [export["export-name"] for export in listed] == ["disk"]
         their_map = json.loads(subprocess.check_output([nbdinfo, "--map", "--json", uri]))
         assert json.loads(tool("map", "--json", uri).stdout) == their_map
+
+
+def test_map_tells_the_same_as_nbdinfo_of_every_context(tmp_path: Path) -> None:
+    image, nbdinfo = tmp_path / "disk.qcow2", require("nbdinfo")
+    qemu_img, qemu_io = require("qemu-img"), require("qemu-io")
+    subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+    for command in ("write 1M 1M", "write -z 4M 64k"):
+        subprocess.run([qemu_io, "-c", command, image], check=True, capture_output=True)
+    for name in ("b0", "b1"):
+        subprocess.run([qemu_img, "bitmap", "--add", image, name], check=True)
+        subprocess.run([qemu_io, "-c", "write 3M 128k", image], check=True, capture_output=True)
+    options = ["-r", "-A", "-B", "b0", "-B", "b1"]
+    names = ["base:allocation", "qemu:allocation-depth"]
+    names += ["qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1"]
+    with peers.qemu_nbd(image, tmp_path / "a", *options, fmt="qcow2") as uri:
+        theirs = {
+            name: json.loads(subprocess.check_output([nbdinfo, f"--map={name}", "--json", uri]))
+            for name in names
+        }
+        everything = json.loads(tool("map", "--json", "--context", "all", uri).stdout)
+        assert everything == theirs
+        for name in names:
+            assert json.loads(tool("map", "--json", "--context", name, uri).stdout) == theirs[name]
+        some = json.loads(tool("map", "--json", "--context", "qemu:", uri).stdout)
+        assert set(some) == set(names[1:])
+        assert tool("info", "--can", "trim", uri).returncode == 3
+        assert subprocess.run([nbdinfo, "--can", "trim", uri], check=False).returncode == 2
+
+
+def test_a_target_without_room_is_named_with_the_offset(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(random.Random(6).randbytes(4 << 20))
+    filters = ["--filter=error", "memory", "4M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%"]
+    with peers.nbdkit(tmp_path / "b", *filters) as uri:
+        done = tool("copy", tmp_path / "source", uri)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+    assert b" at offset " in done.stderr
+    assert b"No space left on device; make room there" in done.stderr

@@ -11,6 +11,7 @@ The functions here change the set of an open image, of which nothing else is don
 on disk when the node is closed. Source: QEMU's ``docs/interop/qcow2``, "Bitmaps".
 """
 
+import errno
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -319,38 +320,48 @@ def merge(node: "Qcow2Node", name: str, sources: Sequence[StoredBitmap]) -> None
             target.mark(offset, length)
 
 
-def resize(node: "Qcow2Node", size: int) -> None:
-    """The disk is about to have ``size`` bytes: call it before the header says so.
-
-    What is new is clean. `ImageError` if there is a bitmap that is inconsistent: nothing is changed
-    then. On disk all of them are marked in use first.
-    """
-    if node.bitmaps is None:
-        return
-    for bitmap in node.bitmaps.bitmaps.values():
+def check_resize(node: "Qcow2Node", size: int) -> None:
+    """`ImageError` if the disk cannot have ``size`` bytes because of a bitmap."""
+    for bitmap in load(node):
         if bitmap.inconsistent:
             raise ImageError(
                 f"{node.name}: Bitmap '{bitmap.name}' is inconsistent and cannot be resized; "
                 "remove it with: fleece image bitmap --remove"
             )
-        length = directory.table_entries(
-            size, bitmap.entry.granularity_bits, node.header.cluster_size
-        )
-        if length << node.header.cluster_bits > directory.MAX_BITMAP_BYTES:
+        bits, cluster = bitmap.entry.granularity_bits, node.header.cluster_size
+        if directory.table_entries(size, bits, cluster) * cluster > directory.MAX_BITMAP_BYTES:
             raise ImageError(f"{node.name}: Bitmap '{bitmap.name}' would be over 512 MiB")
+
+
+def resize(node: "Qcow2Node", size: int) -> None:
+    """The disk gets ``size`` bytes: call it before the header says so, or right after.
+
+    What is new is clean. `ImageError` as `check_resize`: nothing is changed then. All of them are
+    marked in use on disk first.
+    """
+    check_resize(node, size)
+    if node.bitmaps is None:
+        return
+    node.bitmaps.changed = True
     node.bitmaps.begin()
     for bitmap in node.bitmaps.bitmaps.values():
-        bitmap.resize(size)
+        try:
+            bitmap.resize(size)
+        except OSError:  # what it has cannot be read
+            bitmap.inconsistent = True
     node.refresh_recorder()
 
 
 def mark_all(node: "Qcow2Node") -> None:
     """All of the disk changes: what records that is all dirty."""
     if node.bitmaps is not None and node.size and (record := node.bitmaps.recorder):
+        node.bitmaps.changed = True
         record(0, node.size)
 
 
 def _attached(node: "Qcow2Node") -> BitmapSet:
+    if node.read_only:
+        raise OSError(errno.EPERM, "opened read-only", node.name)
     if node.bitmaps is None:
         node.bitmaps = BitmapSet(node)
     return node.bitmaps

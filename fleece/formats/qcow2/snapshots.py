@@ -33,7 +33,7 @@ from fleece.formats.qcow2.entries import CorruptEntry
 from fleece.formats.qcow2.freespace import OTHER, SNAPSHOT
 from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.hosting import refresh_size
-from fleece.formats.qcow2.image import Qcow2Node
+from fleece.formats.qcow2.image import Qcow2Node, read_header
 from fleece.formats.qcow2.reader import Qcow2Reader
 from fleece.formats.qcow2.snapshot_table import Snapshot
 from fleece.formats.qcow2.tally import Numbers
@@ -146,8 +146,7 @@ def apply(node: Qcow2Node, which: str | bytes) -> Snapshot:
             )
         tree = Tree.at(node.file, node.header, chosen.l1_offset, chosen.l1_size)
         if size != node.size:
-            bitmaps.resize(node, size)
-        bitmaps.mark_all(node)
+            bitmaps.check_resize(node, size)
         old, before = change.active_tree(), node.header
         old.check()
         l1_offset = change.allocate(chosen.l1_size * 8)
@@ -157,6 +156,9 @@ def apply(node: Qcow2Node, which: str | bytes) -> Snapshot:
         change.write(l1_offset, _packed(tree.l1), overlap.ACTIVE_L1)
         change.sync()
         change.switch_disk(size, chosen.l1_size, l1_offset)
+        if size != before.size:
+            bitmaps.resize(node, size)
+        bitmaps.mark_all(node)
         change.drop_references(old)
         change.free(before.l1_offset, before.l1_size * 8)
         change.write_counts()
@@ -367,11 +369,17 @@ class _Change:
         self._node.reload()
 
     def undo(self) -> None:
-        """Best effort: what is left over is a leak, and `reload` makes the node right."""
+        """Best effort: what is left over is a leak. The node is right then, or closed to writes."""
         with suppress(Exception):
             if not self._switched:
                 self._take_back()
-            self.finish()
+            self._meta.write_all()
+        try:
+            refresh_size(self._node.file)
+            self._meta.header = read_header(self._node.file, self._node.name)
+            self._node.reload()
+        except Exception as error:
+            self._meta.broken = f"its tables cannot be read after a change failed: {error}"
 
     def _take_back(self) -> None:
         if self._added is not None:

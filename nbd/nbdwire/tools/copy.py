@@ -6,26 +6,22 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final
 
 from nbdwire import constants as c
 from nbdwire.errors import URIError
 from nbdwire.pool import connect_pool
-from nbdwire.tools.copying import Copy, CopyFailed, Plan, Totals
-from nbdwire.tools.ends import (
-    FileEnd,
-    NbdEnd,
-    Source,
-    StreamSource,
-    StreamTarget,
-    Target,
-)
+from nbdwire.tools.copying import Copy, Plan, Totals
+from nbdwire.tools.ends import CopyFailed, FileEnd, Source, StreamSource, StreamTarget, Target
 from nbdwire.tools.files import FileExport
+from nbdwire.tools.nbdends import NbdEnd
 from nbdwire.tools.options import add_json, add_timeout, human, positive, size
 from nbdwire.tools.progress import Progress, quiet
+from nbdwire.uri import parse
 
-CONNECTIONS: Final = 4
+CONNECTIONS: Final = max(2, min(4, os.cpu_count() or 1))
 REQUESTS: Final = 8
 REQUEST_SIZE: Final = 1 << 20
 
@@ -77,34 +73,40 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--request-size: from 4k to 32M, a multiple of 512")
     if options.target_is_zero and options.target == "-":
         options.parser.error("--target-is-zero: a stream has to be told its zeroes")
+    _check_uris(options)
     if options.synchronous:
         options.connections = options.requests = 1
     began = time.monotonic()
-    source, failed = _source(options), True
-    try:
+    with ExitStack() as stack:
+        source = _source(options)
+        stack.callback(source.close)
         target = _target(options, source.size)
-        try:
-            totals = _copy(options, source, target)
-            failed = False
-        finally:
-            target.close(abort=failed)
-    finally:
-        source.close(abort=failed)
+        stack.callback(target.close)
+        totals = _copy(options, source, target)
     _report(options, source.size, totals, time.monotonic() - began)
     return 0
+
+
+def _check_uris(options: argparse.Namespace) -> None:
+    """What is no path must be a URI that we know: exit status 2."""
+    for place in (options.source, options.target):
+        if "://" in place:
+            try:
+                parse(place)
+            except URIError as error:
+                options.parser.error(str(error))
 
 
 def _copy(options: argparse.Namespace, source: Source, target: Target) -> Totals:
     if source.size is not None and target.size is not None and target.size < source.size:
         raise CopyFailed(
             f"the target is too small: {target.name} has {target.size} bytes, "
-            f"{source.name} has {source.size}"
+            f"{source.name} has {source.size}; enlarge it first"
         )
     target.is_zero = target.is_zero or options.target_is_zero
     shown = sys.stderr.isatty() if options.progress is None else options.progress
     progress = Progress(source.size) if shown else None
     plan = Plan(
-        buffers=options.requests * options.connections,
         request_size=options.request_size,
         allocate=options.allocated,
         sparse=options.sparse,
@@ -122,9 +124,7 @@ def _source(options: argparse.Namespace) -> Source:
         return StreamSource(sys.stdin.fileno())
     if "://" in options.source:
         return _connect(options, options.source, (c.CONTEXT_BASE_ALLOCATION,))
-    return FileEnd(
-        options.source, FileExport.open(options.source, True), feeders=options.connections
-    )
+    return FileEnd(options.source, FileExport.open(options.source, True), lanes=options.connections)
 
 
 def _target(options: argparse.Namespace, length: int | None) -> Target:
@@ -133,11 +133,16 @@ def _target(options: argparse.Namespace, length: int | None) -> Target:
     if "://" in options.target:
         end = _connect(options, options.target, ())
         if end.read_only:
-            end.close(abort=True)
-            raise CopyFailed(f"cannot write to {end.name}: the export is read-only")
+            end.close()
+            raise CopyFailed(
+                f"cannot write to {end.name}: the export is read-only; "
+                "start its server without that, or give another target"
+            )
         return end
     _check_not_itself(options.source, options.target)
-    return FileEnd.create(options.target, length, keep=options.target_is_zero)
+    return FileEnd.create(
+        options.target, length, keep=options.target_is_zero, lanes=options.connections
+    )
 
 
 def _connect(options: argparse.Namespace, uri: str, contexts: tuple[str, ...]) -> NbdEnd:
@@ -148,7 +153,7 @@ def _connect(options: argparse.Namespace, uri: str, contexts: tuple[str, ...]) -
 def _check_not_itself(source: str, target: str) -> None:
     """Emptying the target must not empty the source."""
     if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
-        raise URIError(f"{target}: source and target are the same file")
+        raise URIError(f"{target}: source and target are the same file; give another target")
 
 
 def _report(

@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of ``copy``: many reads and writes in flight, and none of them unchecked.
+"""The engine of ``copy``: lanes that read and write, and no completion unchecked.
 
-A piece of data waits for a buffer, is read, then written, and gives the buffer back when the write
-has succeeded. So there is as much in memory as there are buffers, and the slower end sets the pace.
+A lane is a thread that does all of its part: it takes pieces of the disk from a common list, asks
+for several of them ahead, takes the data of the oldest, writes them, and checks the answers.
+Nothing is handed from thread to thread, and the memory a lane uses stays in its processor's cache.
 """
 
+import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from nbdwire.errors import NBDError
-from nbdwire.tools.ends import Parts, Source, StreamSource, Target
+from nbdwire.extents import Extent
+from nbdwire.tools.ends import CopyFailed, Reader, Source, Target, Writer, text
 
 _ZEROES: Final = bytearray(64 << 10)  # a bytearray, not bytes: that compares at memory's speed
+
+Piece: TypeAlias = tuple[int, int, bool]
+"""(offset, length, whether it reads as zeroes)"""
+
+Ask: TypeAlias = Callable[[int, int], list[Extent]]
+"""The extents from an offset, of a length."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to copy: ``buffers`` of ``request_size`` bytes each.
+    """How to copy: in requests of ``request_size`` bytes.
 
     ``allocate``: zeroes take up room in the target. Blocks of ``sparse`` bytes that are all zero
     are not sent as data (0: all are). ``flush`` at the end.
     """
 
-    buffers: int = 16
     request_size: int = 512 << 10
     allocate: bool = False
     sparse: int = 64 << 10
@@ -48,27 +56,17 @@ class Totals:
         return self.written + self.zeroed + self.skipped
 
 
-class CopyFailed(NBDError):
-    """The target is incomplete; the text says what failed, and where."""
-
-    code = "nbd-copy-failed"
-
-
 class _Stopped(Exception):
-    """Something has failed: start nothing more."""
+    """Another lane has failed: start nothing more."""
 
 
-Piece = tuple[int, int, bool]
-"""(offset, length, whether it reads as zeroes)"""
-
-
-def pieces(source: Source, size: int, block: int, request_size: int) -> Iterator[Piece]:
-    """The whole of ``source`` in order, data in pieces of at most ``request_size`` bytes.
+def pieces(ask: Ask, size: int, block: int, request_size: int) -> Iterator[Piece]:
+    """The whole of a source in order, data in pieces of at most ``request_size`` bytes.
 
     What is zero begins and ends at multiples of ``block``; the rest is rounded outwards.
     """
     position = 0
-    for start, stop, is_zero in _stretches(source, size):
+    for start, stop, is_zero in _stretches(ask, size):
         end = stop if stop == size else stop - stop % block
         if is_zero:
             begin = -(-start // block) * block
@@ -82,20 +80,42 @@ def pieces(source: Source, size: int, block: int, request_size: int) -> Iterator
     yield from _cut(position, size, request_size)
 
 
-def _stretches(source: Source, size: int) -> Iterator[tuple[int, int, bool]]:
+def _stretches(ask: Ask, size: int) -> Iterator[tuple[int, int, bool]]:
     offset = 0
     while offset < size:
-        for extent in source.extents(offset, size - offset):
+        for extent in ask(offset, size - offset):
             yield extent.offset, extent.end, extent.is_zero
             offset = extent.end
 
 
-def _cut(start: int, stop: int, step: int) -> Iterator[Piece]:
+def _cut(start: int, stop: float, step: int) -> Iterator[Piece]:
     """Pieces that end at multiples of ``step``."""
     while start < stop:
         end = min(stop, start - start % step + step)
-        yield start, end - start, False
-        start = end
+        yield start, int(end) - start, False
+        start = int(end)
+
+
+class _Work:
+    """The pieces that nobody has taken yet. A lane that needs extents for it asks for them."""
+
+    def __init__(self, size: int | None, block: int, step: int) -> None:
+        self._turn = threading.Lock()
+        self._reader: Reader | None = None
+        if size is None:
+            self._pieces = _cut(0, math.inf, step)
+        else:
+            self._pieces = pieces(self._extents, size, block, step)
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        assert self._reader is not None
+        return self._reader.extents(offset, length)
+
+    def take(self, reader: Reader) -> Piece | None:
+        """The next one. On ``reader``, whose lane is calling, extents are asked for."""
+        with self._turn:
+            self._reader = reader
+            return next(self._pieces, None)
 
 
 @dataclass
@@ -112,118 +132,99 @@ class Copy:
         # A zero is skipped only by a target that has it already and need not make room for it.
         self._skips = self.target.is_zero and not self.plan.allocate
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._free = [bytearray(0)] * self.plan.buffers
-        self._low = max(1, self.plan.buffers // 4)
-        self._waiting = 0
-        self._error: CopyFailed | None = None
+        self._error: BaseException | None = None
+        self._size = self.source.size or 0
 
     def run(self) -> Totals:
         """Copy everything; CopyFailed tells the first thing that went wrong."""
-        if isinstance(self.source, StreamSource):
-            size = self._from_stream(self.source)
-        else:
-            size = self.source.size or 0
-            self._from_pieces(size)
-        self._wait_for_buffers()
-        self.target.drain()
+        block = max(self.source.block, self.target.block)
+        step = min(self.plan.request_size, self.source.maximum)
+        work = _Work(self.source.size, block, max(block, step - step % block))
+        threads = [
+            threading.Thread(target=self._lane, args=(work, lane), name="copy", daemon=True)
+            for lane in range(1, self.lanes())
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            self._lane(work, 0)
+        except BaseException as error:  # KeyboardInterrupt, or no thread to be had
+            self._fail(error)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
         if self._error is not None:
             raise self._error
-        try:
-            self.target.finish(size, self.plan.flush)
-        except (OSError, NBDError) as error:
-            raise CopyFailed(f"cannot flush {self.target.name}: {text(error)}") from error
+        self._finish()
         return self.totals
 
-    # What is to be done, and who does it
+    def lanes(self) -> int:
+        """Threads that copy."""
+        if self.source.ordered or self.target.ordered:
+            return 1
+        return min(self.source.lanes, self.target.lanes)
 
-    def _from_pieces(self, size: int) -> None:
-        block = max(self.source.block, self.target.block)
-        step = max(block, self.plan.request_size - self.plan.request_size % block)
-        work, turn = pieces(self.source, size, block, step), threading.Lock()
-        threads = [
-            threading.Thread(target=self._feed, args=(work, turn), name="copy", daemon=True)
-            for _ in range(self.source.feeders - 1)
-        ]
-        for thread in threads:
-            thread.start()
-        self._feed(work, turn)
-        for thread in threads:
-            thread.join()
+    def _finish(self) -> None:
+        try:
+            self.target.finish(self._size, self.plan.flush)
+        except (OSError, NBDError) as error:
+            raise CopyFailed(f"cannot flush {self.target.name}: {text(error)}") from error
 
-    def _feed(self, work: Iterator[Piece], turn: threading.Lock) -> None:
-        """Take pieces until there are none."""
-        with suppress(_Stopped):
-            while self._error is None:
-                try:
-                    with turn:
-                        piece = next(work, None)
-                except (OSError, NBDError) as error:
-                    self._fail(f"cannot ask {self.source.name} where its data are", error)
-                    return
+    # A lane
+
+    def _lane(self, work: _Work, number: int) -> None:
+        try:
+            reader = self.source.reader(number)
+            writer = self.target.writer(number, self._done)
+            with suppress(_Stopped):
+                self._copy(work, reader, writer)
+                writer.drain()
+        except BaseException as error:  # told by `run`
+            self._fail(error)
+
+    def _copy(self, work: _Work, reader: Reader, writer: Writer) -> None:
+        asked: deque[Piece] = deque()
+        while True:
+            while len(asked) < reader.depth:
+                if self._error is not None:
+                    raise _Stopped
+                piece = work.take(reader)
                 if piece is None:
-                    return
-                self._start(*piece)
+                    break
+                if not piece[2]:
+                    reader.ask(*piece[:2])
+                asked.append(piece)
+            if not asked:
+                return
+            offset, length, is_zero = asked.popleft()
+            if is_zero:
+                self._zero(writer, offset, length)
+                continue
+            view = reader.take()
+            self._put(writer, view, offset)
+            if len(view) < length:  # the end of a stream
+                return
 
-    def _start(self, offset: int, length: int, is_zero: bool) -> None:
-        if is_zero:
-            self._zero(offset, length, partial(self._zeroed, offset, length))
-            return
-        buffer = self._take_buffer(length)
-        view = memoryview(buffer)[:length]
-        self.source.read(view, offset, partial(self._have, buffer, view, offset))
-
-    def _from_stream(self, source: StreamSource) -> int:
-        """Returns how many bytes there were."""
-        offset, step = 0, self.plan.request_size
-        with suppress(_Stopped):
-            while True:
-                buffer = self._take_buffer(step)
-                view = memoryview(buffer)[:step]
-                try:
-                    view = view[: source.take(view)]
-                except OSError as error:
-                    self._fail(f"cannot read {source.name} at offset {offset}", error)
-                    view = view[:0]
-                if not view:
-                    self._give_buffer(buffer)
-                    return offset
-                if self.target.size is not None and offset + len(view) > self.target.size:
-                    text = f"{self.target.name} has only {self.target.size} bytes"
-                    self._fail(f"{source.name} is too large", CopyFailed(text))
-                    self._give_buffer(buffer)
-                    return offset
-                self._have(buffer, view, offset, None)
-                offset += len(view)
-        return offset
-
-    # Completions
-
-    def _have(
-        self, buffer: bytearray, view: memoryview, offset: int, error: Exception | None
-    ) -> None:
+    def _put(self, writer: Writer, view: memoryview, offset: int) -> None:
         """``view`` has been read."""
-        if error is not None:
-            where = f"cannot read {len(view)} bytes at offset {offset} of {self.source.name}"
-            self._fail(where, error)
-            self._give_buffer(buffer)
-            return
+        end = offset + len(view)
+        if self.source.size is None:
+            if self.target.size is not None and end > self.target.size:
+                reason = f"{self.target.name} has only {self.target.size} bytes"
+                raise CopyFailed(f"{self.source.name} is too large: {reason}")
+            self._size = end
         with self._lock:
             self.totals.read += len(view)
-        runs = list(self._runs(view, offset))
-        parts = Parts(len(runs), lambda _: self._give_buffer(buffer))
-        for start, stop, is_zero in runs:
-            at, length = offset + start, stop - start
+        for start, stop, is_zero in self._runs(view, offset):
             if is_zero:
-                self._zero(at, length, partial(self._zeroed, at, length, parts=parts))
+                self._zero(writer, offset + start, stop - start)
             else:
-                then = partial(self._written, at, length, parts)
-                self.target.write(view[start:stop], at, then)
+                writer.write(view[start:stop], offset + start)
 
     def _runs(self, view: memoryview, offset: int) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, whether it is all zero) of the parts of ``view``."""
         step, length = self.plan.sparse, len(view)
-        if not step or offset % self.target.block:
+        if not step or offset % self.target.block or not length:
             yield 0, length, False
             return
         begin, state = 0, is_zero(view[:step])
@@ -234,72 +235,29 @@ class Copy:
                 begin, state = start, now
         yield begin, length, state
 
-    def _zero(self, offset: int, length: int, then: Callable[[Exception | None], None]) -> None:
+    def _zero(self, writer: Writer, offset: int, length: int) -> None:
         if self._skips:
-            with self._lock:
-                self.totals.zeroed -= length
-                self.totals.skipped += length
-            then(None)
+            self._done(0, True, length)
         else:
-            self.target.zero(offset, length, self.plan.allocate, then)
+            writer.zero(offset, length, self.plan.allocate)
 
-    def _zeroed(
-        self, offset: int, length: int, error: Exception | None, parts: Parts | None = None
-    ) -> None:
-        if error is not None:
-            where = f"cannot zero {length} bytes at offset {offset} of {self.target.name}"
-            self._fail(where, error)
-        else:
-            self._count(zeroed=length)
-        if parts is not None:
-            parts.done(None)
-
-    def _written(self, offset: int, length: int, parts: Parts, error: Exception | None) -> None:
-        if error is not None:
-            where = f"cannot write {length} bytes at offset {offset} of {self.target.name}"
-            self._fail(where, error)
-        else:
-            self._count(written=length)
-        parts.done(None)
-
-    def _count(self, written: int = 0, zeroed: int = 0) -> None:
+    def _done(self, length: int, zero: bool, skipped: int = 0) -> None:
+        """The target has it."""
         with self._lock:
-            self.totals.written += written
-            self.totals.zeroed += zeroed
+            if zero:
+                self.totals.zeroed += length
+            else:
+                self.totals.written += length
+            self.totals.skipped += skipped
             self.progress(self.totals.done)
 
-    def _fail(self, where: str, error: Exception) -> None:
-        """The first error counts; nobody starts anything after it."""
+    def _fail(self, error: BaseException) -> None:
+        """The first error counts; whatever else is in flight is given up."""
         with self._lock:
             if self._error is None:
-                self._error = CopyFailed(f"{where}: {text(error)}")
-            self._room.notify_all()
+                self._error = error
+        self.source.cancel()
         self.target.cancel()
-
-    # Buffers
-
-    def _take_buffer(self, length: int) -> bytearray:
-        with self._lock:
-            if not self._free:  # then wait for several: to be woken for each costs more
-                self._waiting += 1
-                self._room.wait_for(lambda: len(self._free) >= self._low or self._error)
-                self._waiting -= 1
-            if self._error is not None:
-                raise _Stopped
-            buffer = self._free.pop()
-        return buffer if len(buffer) >= length else bytearray(max(length, self.plan.request_size))
-
-    def _give_buffer(self, buffer: bytearray) -> None:
-        with self._lock:
-            self._free.append(buffer)
-            whole = len(self._free) == self.plan.buffers
-            if whole or (self._waiting and len(self._free) >= self._low):
-                self._room.notify_all()
-
-    def _wait_for_buffers(self) -> None:
-        """Until every read is written, or has failed."""
-        with self._lock:
-            self._room.wait_for(lambda: len(self._free) == self.plan.buffers)
 
 
 def is_zero(view: memoryview) -> bool:
@@ -310,10 +268,3 @@ def is_zero(view: memoryview) -> bool:
         if zeroes != part:
             return False
     return True
-
-
-def text(error: Exception) -> str:
-    """An error in words, without its number."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)

@@ -1,53 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be copied from and to: an NBD export, a file or device, standard input and output.
+"""What can be copied from and to: here a file or device, standard input and output.
 
-Each end starts an operation and calls ``then(error)`` when that is done, at once or from another
-thread; ``error`` is None or what went wrong. No completion is ever left out.
+A copy has one or several lanes, each a thread with a reader of the source and a writer of the
+target that nobody else uses. What fails is CopyFailed, whose text says what, and where.
 """
 
 import errno
 import os
 import stat
-import threading
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from nbdwire import constants as c
-from nbdwire.errors import NBDError, RequestError
+from nbdwire.errors import NBDError
 from nbdwire.extents import Extent
-from nbdwire.pipeline import Ticket
-from nbdwire.pool import Pool
 from nbdwire.tools.files import FileExport
 
-Then: TypeAlias = Callable[[Exception | None], None]
+Done: TypeAlias = Callable[[int, bool], None]
+"""Told (length, whether it was made zero) of what the target has acknowledged."""
 
 _ZEROES: Final = bytes(1 << 18)
-_ZERO_STEP: Final = 128 << 20
-"""Bytes of one WRITE_ZEROES: a server that has to write them should answer within seconds."""
+_ANY: Final = 1 << 30
 
 
-class Source(Protocol):
-    """``size`` is in bytes, None for a stream; what begins at a multiple of ``block`` is readable.
+class CopyFailed(NBDError):
+    """The target is incomplete; the text says what failed, and where."""
 
-    ``feeders``: how many threads may start reads at once and gain by it.
-    """
+    code = "nbd-copy-failed"
 
-    name: str
-    size: int | None
-    block: int
-    feeders: int
+
+class Reader(Protocol):
+    """Reads for one lane. ``depth``: how many pieces may be asked for and not taken."""
+
+    depth: int
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """As `nbdwire.export.Export.extents`."""
         ...
 
-    def read(self, view: memoryview, offset: int, then: Then) -> None:
-        """Fill ``view``."""
+    def ask(self, offset: int, length: int) -> None:
+        """Start to read a piece."""
         ...
 
-    def close(self, abort: bool) -> None:
-        """Wait for all ``then``; with ``abort`` do not wait for answers."""
+    def take(self) -> memoryview:
+        """Wait for the piece that was asked for first; valid until the next call."""
+        ...
+
+
+class Source(Protocol):
+    """``size`` is in bytes, None for a stream; what begins at a multiple of ``block`` is readable.
+
+    ``lanes``: how many may read at once; ``ordered``: it has but one, and must be read in order.
+    ``maximum``: bytes of the longest piece.
+    """
+
+    name: str
+    size: int | None
+    block: int
+    lanes: int
+    ordered: bool
+    maximum: int
+
+    def reader(self, lane: int) -> Reader:
+        """For the lane with that number, from 0."""
+        ...
+
+    def cancel(self) -> None:
+        """The copy has failed: all that waits ends soon. From any thread."""
+        ...
+
+    def close(self) -> None:
+        """No lane uses it any more."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes for one lane."""
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Start to write; ``view`` may be used again on return."""
+        ...
+
+    def zero(self, offset: int, length: int, allocate: bool) -> None:
+        """Make the range read as zeroes; ``allocate``: it should take up room."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until everything is acknowledged."""
         ...
 
 
@@ -57,160 +97,145 @@ class Target(Protocol):
     name: str
     size: int | None
     block: int
+    lanes: int
+    ordered: bool
     is_zero: bool
 
-    def write(self, view: memoryview, offset: int, then: Then) -> None:
-        """Write all of ``view``."""
-        ...
-
-    def zero(self, offset: int, length: int, allocate: bool, then: Then) -> None:
-        """Make the range read as zeroes; ``allocate``: it should take up room."""
-        ...
-
-    def drain(self) -> None:
-        """Wait until every ``then`` was called."""
+    def writer(self, lane: int, done: Done) -> Writer:
+        """For the lane with that number, from 0."""
         ...
 
     def cancel(self) -> None:
-        """The copy has failed: what waits for its turn need not be written."""
+        """As that of `Source`."""
         ...
 
     def finish(self, size: int, flush: bool) -> None:
         """All is written, ``size`` bytes in all: make it stable if ``flush``."""
         ...
 
-    def close(self, abort: bool) -> None:
+    def close(self) -> None:
         """As that of `Source`."""
         ...
 
 
-class NbdEnd:
-    """An export, over all connections of ``pool``."""
-
-    feeders = 1
-
-    def __init__(self, name: str, pool: Pool, depth: int) -> None:
-        self.name = name
-        self.size: int | None = pool.size
-        self.is_zero = False
-        self.block = pool.session.minimum_block
-        self.read_only = pool.read_only
-        self._pool = pool
-        self._pipeline = pool.pipeline(depth * len(pool.clients))
-        self._can_zero = bool(pool.flags & c.TFLAG_SEND_WRITE_ZEROES)
-        self._can_flush = bool(pool.flags & c.TFLAG_SEND_FLUSH)
-
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """Where the server does not tell, all is data: to read too much is never wrong."""
-        try:
-            return self._pool.extents(offset, length)
-        except RequestError:
-            return [Extent(offset, min(length, 1 << 30), 0)]
-
-    def read(self, view: memoryview, offset: int, then: Then) -> None:
-        """READ."""
-        self._pipeline.pread_into(view, offset, partial(_tell, then))
-
-    def write(self, view: memoryview, offset: int, then: Then) -> None:
-        """WRITE."""
-        self._pipeline.pwrite(view, offset, then=partial(_tell, then))
-
-    def zero(self, offset: int, length: int, allocate: bool, then: Then) -> None:
-        """WRITE_ZEROES, or zeroes written where the server does not have that."""
-        step = _ZERO_STEP if self._can_zero else len(_ZEROES)
-        parts = Parts(-(-length // step), then)
-        flags = c.CMD_FLAG_NO_HOLE if allocate else 0
-        for start in range(offset, offset + length, step):
-            size = min(step, offset + length - start)
-            if self._can_zero:
-                self._pipeline.zero(start, size, flags, partial(_tell, parts.done))
-            else:
-                self.write(memoryview(_ZEROES)[:size], start, parts.done)
-
-    def cancel(self) -> None:
-        """Nothing waits for a turn."""
-
-    def drain(self) -> None:
-        """Wait for all answers."""
-        self._pipeline.drain()
-
-    def finish(self, size: int, flush: bool) -> None:
-        """FLUSH, if the server has it."""
-        self._pipeline.drain()
-        if flush and self._can_flush:
-            self._pool.flush()
-
-    def close(self, abort: bool) -> None:
-        """Leave the server; with ``abort`` what is in flight fails."""
-        if abort:
-            self._pool.close()
-        self._pipeline.close()
-        self._pool.close()
-
-
 class FileEnd:
-    """A regular file or a block device. Its operations are done when they return."""
+    """A regular file or a block device. It is its own writer: nothing of it is in flight."""
 
-    def __init__(self, name: str, export: FileExport, *, feeders: int = 1) -> None:
+    ordered = False
+    maximum = _ANY
+
+    def __init__(self, name: str, export: FileExport, *, lanes: int = 1) -> None:
         self.name = name
         self.size: int | None = export.size
         self.block = 1
-        self.feeders = feeders
+        self.lanes = lanes
         self.is_zero = False
-        self._export = export
+        self.export = export
         self._grows = False
 
     @classmethod
-    def create(cls, path: str, size: int | None, *, keep: bool) -> "FileEnd":
+    def create(cls, path: str, size: int | None, *, keep: bool, lanes: int = 1) -> "FileEnd":
         """As a target. A regular file begins empty unless ``keep``; a device is as it is."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(path, flags, 0o666)
         mode = os.fstat(fd).st_mode
         os.close(fd)
         if not stat.S_ISREG(mode):
-            return cls(path, FileExport.open(path))
+            return cls(path, FileExport.open(path), lanes=lanes)
         if not keep:
             os.truncate(path, 0)
         if size is not None and os.stat(path).st_size < size:
             os.truncate(path, size)
-        end = cls(path, FileExport.open(path))
+        end = cls(path, FileExport.open(path), lanes=lanes)
         end.is_zero, end._grows = not keep, size is None
         end.size = None if end._grows else end.size
         return end
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """The holes that the file system knows."""
-        return self._export.extents(offset, length)
+    def reader(self, lane: int) -> "FileReader":
+        """With a buffer of its own."""
+        return FileReader(self.name, self.export)
 
-    def read(self, view: memoryview, offset: int, then: Then) -> None:
-        """``preadv``."""
-        _call(then, partial(self._export.pread_into, view, offset))
-
-    def write(self, view: memoryview, offset: int, then: Then) -> None:
-        """``pwrite``."""
-        _call(then, partial(self._export.pwrite, view, offset))
-
-    def zero(self, offset: int, length: int, allocate: bool, then: Then) -> None:
-        """A hole, or zeroes that take up room."""
-        flags = c.CMD_FLAG_NO_HOLE if allocate else 0
-        _call(then, partial(self._export.zero, offset, length, flags))
+    def writer(self, lane: int, done: Done) -> "FileWriter":
+        """For one lane."""
+        return FileWriter(self.name, self.export, done)
 
     def cancel(self) -> None:
-        """Nothing waits for a turn."""
-
-    def drain(self) -> None:
-        """Nothing is ever in flight."""
+        """Nothing waits for long."""
 
     def finish(self, size: int, flush: bool) -> None:
         """A file that was a stream's target gets its size now."""
         if self._grows:
             os.truncate(self.name, size)
         if flush:
-            self._export.flush()
+            self.export.flush()
 
-    def close(self, abort: bool) -> None:
+    def close(self) -> None:
         """Close the file."""
-        self._export.close()
+        self.export.close()
+
+
+class FileReader:
+    """Reads when the data are taken, always into the same buffer."""
+
+    depth = 1
+
+    def __init__(self, name: str, export: FileExport) -> None:
+        self._name = name
+        self._export = export
+        self._asked: deque[tuple[int, int]] = deque()
+        self._buffer = bytearray()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """The holes that the file system knows."""
+        try:
+            return self._export.extents(offset, length)
+        except OSError as error:
+            reason = f"cannot ask {self._name} where its data are: {text(error)}"
+            raise CopyFailed(reason) from error
+
+    def ask(self, offset: int, length: int) -> None:
+        """Remember it."""
+        self._asked.append((offset, length))
+
+    def take(self) -> memoryview:
+        """``preadv``."""
+        offset, length = self._asked.popleft()
+        if len(self._buffer) < length:
+            self._buffer = bytearray(length)
+        view = memoryview(self._buffer)[:length]
+        try:
+            self._export.pread_into(view, offset)
+        except OSError as error:
+            raise failed("read", length, offset, self._name, error) from error
+        return view
+
+
+class FileWriter:
+    """``pwrite`` and ``fallocate``, done when they return."""
+
+    def __init__(self, name: str, export: FileExport, done: Done) -> None:
+        self._name = name
+        self._export = export
+        self._done = done
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """``pwrite``."""
+        try:
+            self._export.pwrite(view, offset)
+        except OSError as error:
+            raise failed("write", len(view), offset, self._name, error) from error
+        self._done(len(view), False)
+
+    def zero(self, offset: int, length: int, allocate: bool) -> None:
+        """A hole, or zeroes that take up room."""
+        try:
+            self._export.zero(offset, length, c.CMD_FLAG_NO_HOLE if allocate else 0)
+        except OSError as error:
+            raise failed("zero", length, offset, self._name, error) from error
+        self._done(length, True)
+
+    def drain(self) -> None:
+        """Nothing is ever in flight."""
 
 
 class StreamSource:
@@ -219,127 +244,119 @@ class StreamSource:
     name = "standard input"
     size: int | None = None
     block = 1
-    feeders = 1
+    lanes = 1
+    ordered = True
+    maximum = _ANY
+    depth = 1
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._position = 0
+        self._wanted = 0
+        self._buffer = bytearray()
+
+    def reader(self, lane: int) -> "StreamSource":
+        """It is its own."""
+        return self
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """All is data."""
         return [Extent(offset, length, 0)]
 
-    def read(self, view: memoryview, offset: int, then: Then) -> None:
-        """Not used: see `take`."""
-        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+    def ask(self, offset: int, length: int) -> None:
+        """The next bytes."""
+        self._wanted = length
 
-    def take(self, view: memoryview) -> int:
-        """Fill ``view``; how many bytes there were before the end."""
-        done = 0
-        while done < len(view):
-            got = os.readv(self._fd, [view[done:]])
-            if not got:
-                break
-            done += got
-        return done
+    def take(self) -> memoryview:
+        """As much as was asked for, or less at the end."""
+        if len(self._buffer) < self._wanted:
+            self._buffer = bytearray(self._wanted)
+        view, done = memoryview(self._buffer)[: self._wanted], 0
+        try:
+            while done < len(view):
+                got = os.readv(self._fd, [view[done:]])
+                if not got:
+                    break
+                done += got
+        except OSError as error:
+            where = f"cannot read {self.name} at offset {self._position + done}"
+            raise CopyFailed(f"{where}: {text(error)}") from error
+        self._position += done
+        return view[:done]
 
-    def close(self, abort: bool) -> None:
+    def cancel(self) -> None:
+        """It has one lane, and that one knows."""
+
+    def close(self) -> None:
         """Not ours to close."""
 
 
 class StreamTarget:
-    """Standard output: what comes too early is kept until it is its turn."""
+    """Standard output: a `Target` that is written in order, zeroes too."""
 
     name = "standard output"
     size: int | None = None
     block = 1
+    lanes = 1
+    ordered = True
 
     def __init__(self, fd: int) -> None:
         self.is_zero = False
         self._fd = fd
-        self._lock = threading.RLock()  # a failed write ends in `cancel`
-        self._next = 0
-        self._cancelled = False
-        self._early: dict[int, tuple[memoryview | int, Then]] = {}
+        self._position = 0
+        self._done: Done = lambda length, zero: None
 
-    def write(self, view: memoryview, offset: int, then: Then) -> None:
-        """In order."""
-        self._put(offset, view, then)
+    def writer(self, lane: int, done: Done) -> "StreamTarget":
+        """It is its own."""
+        self._done = done
+        return self
 
-    def zero(self, offset: int, length: int, allocate: bool, then: Then) -> None:
+    def write(self, view: memoryview, offset: int) -> None:
+        """The bytes that come next."""
+        self._put(view, offset)
+        self._done(len(view), False)
+
+    def zero(self, offset: int, length: int, allocate: bool) -> None:
         """Zeroes, written."""
-        self._put(offset, length, then)
+        for start in range(0, length, len(_ZEROES)):
+            self._put(memoryview(_ZEROES)[: length - start], offset + start)
+        self._done(length, True)
 
-    def _put(self, offset: int, what: memoryview | int, then: Then) -> None:
-        with self._lock:
-            self._early[offset] = (what, then)
-            while self._next in self._early:
-                turn, tell = self._early.pop(self._next)
-                self._next += turn if isinstance(turn, int) else len(turn)
-                _call(tell, partial(_write_out, self._fd, turn))
-            if self._cancelled:
-                self._give_up()
-
-    def cancel(self) -> None:
-        """A piece before them may never come: those that came too early are given up."""
-        with self._lock:
-            if not self._cancelled:
-                self._cancelled = True
-                self._give_up()
-
-    def _give_up(self) -> None:
-        while self._early:
-            _, (_, tell) = self._early.popitem()
-            tell(OSError(errno.ECANCELED, os.strerror(errno.ECANCELED)))
+    def _put(self, view: memoryview, offset: int) -> None:
+        if offset != self._position:
+            raise CopyFailed(
+                f"{self.name} is at {self._position}, not at {offset}: a fault of ours"
+            )
+        try:
+            while view:
+                sent = os.write(self._fd, view)
+                self._position += sent
+                view = view[sent:]
+        except OSError as error:
+            raise failed("write", len(view), self._position, self.name, error) from error
 
     def drain(self) -> None:
-        """Everything has been written, or failed to be."""
+        """Everything has been written."""
+
+    def cancel(self) -> None:
+        """It has one lane, and that one knows."""
 
     def finish(self, size: int, flush: bool) -> None:
         """A pipe cannot be flushed."""
 
-    def close(self, abort: bool) -> None:
+    def close(self) -> None:
         """Not ours to close."""
 
 
-class Parts:
-    """Counts the completions of what was cut: calls ``then`` once, with the first error."""
-
-    __slots__ = ("_error", "_left", "_lock", "_then")
-
-    def __init__(self, count: int, then: Then) -> None:
-        self._left = count
-        self._then = then
-        self._error: Exception | None = None
-        self._lock = threading.Lock()
-
-    def done(self, error: Exception | None) -> None:
-        """One of them."""
-        with self._lock:
-            self._error = self._error or error
-            self._left -= 1
-            last = not self._left
-        if last:
-            self._then(self._error)
+def failed(verb: str, length: int, offset: int, name: str, error: Exception) -> CopyFailed:
+    """What could not be done, where, and why."""
+    return CopyFailed(f"cannot {verb} {length} bytes at offset {offset} of {name}: {text(error)}")
 
 
-def _write_out(fd: int, what: memoryview | int) -> None:
-    if isinstance(what, int):
-        for start in range(0, what, len(_ZEROES)):
-            _write_out(fd, memoryview(_ZEROES)[: what - start])
-        return
-    while what:
-        what = what[os.write(fd, what) :]
-
-
-def _tell(then: Then, ticket: Ticket) -> None:
-    then(ticket.error)
-
-
-def _call(then: Then, operation: Callable[[], None]) -> None:
-    """Do it now, and tell how it went."""
-    error: Exception | None = None
-    try:
-        operation()
-    except (OSError, NBDError) as problem:
-        error = problem
-    then(error)
+def text(error: Exception) -> str:
+    """An error in words, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.errno == errno.ENOSPC:
+            return f"{error.strerror}; make room there, then copy again"
+        return error.strerror
+    return str(error)

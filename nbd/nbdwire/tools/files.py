@@ -43,6 +43,9 @@ class FileExport:
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
             return cls(fd, os.lseek(fd, 0, os.SEEK_END), read_only)
+        except OSError as problem:
+            os.close(fd)
+            raise OSError(problem.errno, problem.strerror, path) from None  # /proc has no sizes
         except BaseException:
             os.close(fd)
             raise

@@ -11,7 +11,14 @@ from nbdwire.negotiate_client import ClientSession
 from nbdwire.tools.options import add_json, add_server, human, print_json
 from nbdwire.uri import NBDURI
 
-_EPILOG = "example: python -m nbdwire info 'nbd+unix:///disk?socket=/tmp/nbd.sock'"
+_EPILOG: Final = """\
+--can and --is answer with the exit status: 0, it can; 3, it cannot (1 and 2: errors, as ever).
+
+example: python -m nbdwire info 'nbd+unix:///disk?socket=/tmp/nbd.sock'
+another: python -m nbdwire info --can trim nbd://localhost/disk && echo yes
+"""
+NO: Final = 3
+"""The exit status for "no"."""
 
 _FLAGS: Final = {
     "is_read_only": c.TFLAG_READ_ONLY,
@@ -28,13 +35,32 @@ _FLAGS: Final = {
 }
 
 
+_CAN: Final = (
+    *sorted(name[4:].replace("_", "-") for name in _FLAGS if name.startswith("can_")),
+    "connect",
+    "extended",
+    "read",
+    "structured",
+    "write",
+)
+_IS: Final = ("read-only", "rotational", "tls")
+
+
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The verb and its options."""
-    parser = verbs.add_parser("info", help="what a server tells about an export", epilog=_EPILOG)
+    parser = verbs.add_parser(
+        "info",
+        help="what a server tells about an export",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.description = "Print the size of an export, what it can do, and its metadata contexts."
     add_server(parser)
     add_json(parser)
-    parser.add_argument("--size", action="store_true", help="print the size in bytes and no more")
+    ask = parser.add_mutually_exclusive_group()
+    ask.add_argument("--size", action="store_true", help="print the size in bytes and no more")
+    ask.add_argument("--can", choices=_CAN, metavar="WHAT", help=" ".join(_CAN))
+    ask.add_argument("--is", dest="is_", choices=_IS, metavar="WHAT", help=" ".join(_IS))
     parser.set_defaults(run=run)
 
 
@@ -43,14 +69,38 @@ def run(options: argparse.Namespace) -> int:
     with connect(options.uri, contexts=(), timeout=options.timeout) as client:
         session = client.session
     if options.size:
-        print(session.size)
+        if options.json:
+            print_json({"export-size": session.size, "export-size-str": human(session.size)})
+        else:
+            print(session.size)
         return 0
+    asked = options.can or options.is_
+    if asked:
+        answer = answers(session)[asked]
+        if options.json:
+            print_json({asked: answer})
+        return 0 if answer else NO
     facts = collect(options.uri, session, options.timeout)
     if options.json:
         print_json(facts)
     else:
         print_facts(facts)
     return 0
+
+
+def answers(session: ClientSession) -> dict[str, bool]:
+    """To --can and --is."""
+    read_only = bool(session.flags & c.TFLAG_READ_ONLY)
+    return {
+        **{name.partition("_")[2].replace("_", "-"): bool(session.flags & flag)
+           for name, flag in _FLAGS.items()},
+        "connect": True,
+        "extended": session.extended,
+        "read": True,
+        "structured": session.structured,
+        "write": not read_only,
+        "tls": session.tls,
+    }  # fmt: skip
 
 
 def collect(uri: NBDURI, session: ClientSession, timeout: float) -> dict[str, Any]:
@@ -82,9 +132,9 @@ def facts_of(uri: NBDURI, session: ClientSession, contexts: tuple[str, ...]) -> 
         "uri": str(uri.with_export(session.name)),
         "contexts": list(contexts),
         **{name: bool(session.flags & flag) for name, flag in _FLAGS.items()},
-        "block_minimum": session.minimum_block,
-        "block_preferred": session.preferred_block,
-        "block_maximum": session.maximum_payload,
+        "block_size_minimum": session.minimum_block,
+        "block_size_preferred": session.preferred_block,
+        "block_size_maximum": session.maximum_payload,
     }
 
 

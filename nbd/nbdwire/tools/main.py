@@ -6,9 +6,11 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
 
-from nbdwire.errors import NBDError
+from nbdwire.errors import NBDError, NegotiationError, UnknownExport
 from nbdwire.tools import copy, info, listing, mapping, serving
+from nbdwire.tools.options import Parser
 
 _TOOLS = (info, listing, mapping, copy, serving)
 _EPILOG = """\
@@ -19,9 +21,23 @@ examples:
 """
 
 
+_HINTS: Final = {
+    errno.EACCES: "it needs the right of another user, or chmod",
+    errno.EADDRINUSE: "another server listens there: stop it, or choose another place",
+    errno.EADDRNOTAVAIL: "choose an address of this host",
+    errno.ECONNREFUSED: "nobody listens there: start the server, or check the place",
+    errno.EHOSTUNREACH: "check the name of the host and the network",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "make room there, then try again",
+    errno.ETIMEDOUT: "check the host, or give it more time with --timeout",
+}
+"""What to do next."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m nbdwire",
         description="Small tools for network block devices (NBD).",
         epilog=_EPILOG,
@@ -45,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NBDError, OSError) as problem:
         return _complain(chosen.verb, say(problem))
     except KeyboardInterrupt:
-        _complain(chosen.verb, "interrupted")
+        incomplete = "; the target is incomplete" if chosen.verb == "copy" else ""
+        _complain(chosen.verb, f"interrupted{incomplete}")
         return 130
     return status
 
@@ -53,11 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def say(problem: BaseException) -> str:
     """An error in one line, without its number."""
     if not isinstance(problem, OSError) or problem.strerror is None:
-        return " ".join(str(problem).split()) or type(problem).__name__
+        text = str(problem) or type(problem).__name__
+        if isinstance(problem, UnknownExport):
+            text += "; see: python -m nbdwire list URI"
+        elif isinstance(problem, NegotiationError) and "STARTTLS" in text:
+            text += "; an nbd:// URI asks for no TLS"
+        return " ".join(text.split())
     text = f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
-    if problem.errno == errno.EADDRINUSE:
-        text += "; another server listens there"
-    return " ".join(text.split())
+    hint = _HINTS.get(problem.errno or 0)
+    if problem.errno == errno.ENOENT and "cannot connect" in text:
+        hint = "no server has made that socket: check the path, or start the server"
+    return " ".join((f"{text}; {hint}" if hint else text).split())
 
 
 def _complain(verb: str, text: str) -> int:

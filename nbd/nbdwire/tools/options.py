@@ -5,12 +5,13 @@ import argparse
 import json
 import re
 import sys
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from nbdwire.errors import URIError
 from nbdwire.opening import CONNECT_TIMEOUT
 from nbdwire.uri import NBDURI, parse
 
+_MOST: Final = (1 << 63) - 1
 _UNITS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE: Final = re.compile(r"([0-9]{1,19})([kmgtpe]?)", re.IGNORECASE)
 
@@ -20,7 +21,10 @@ def size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 65536, 64k, 1G ...")
-    return int(match[1]) << _UNITS[match[2].lower()]
+    number = int(match[1]) << _UNITS[match[2].lower()]
+    if number > _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; less than 8E can be")
+    return number
 
 
 def positive(text: str) -> int:
@@ -30,12 +34,32 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time above 0, of a million seconds at most."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1_000_000:  # NaN is not
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return number
+
+
 def uri(text: str) -> NBDURI:
     """An NBD URI."""
     try:
         return parse(text)
     except URIError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit status 2."""
+        name = " ".join(self.prog.split()[2:])  # without "python -m"
+        self.exit(2, f"{name}: {' '.join(message.split())}; {self.prog} --help tells more\n")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +77,7 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     """``--timeout``."""
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=CONNECT_TIMEOUT,
         metavar="SECONDS",
         help="for connecting and the handshake (default: %(default)g)",

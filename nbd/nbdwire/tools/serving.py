@@ -13,6 +13,7 @@ from nbdwire.tools.options import add_json, print_json, size, uri
 from nbdwire.uri import NBDURI
 
 if TYPE_CHECKING:
+    from nbdwire.server import Server
     from nbdwire.tls import ServerTLS
 
 _ENDS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -126,13 +127,23 @@ def _serve(options: argparse.Namespace) -> None:
         with Server(tls=tls) as server:
             for name, export in exports.items():
                 server.add(name, export, description=options.description)
-            listeners = [server.listen(place) for place in _places(options)]
+            listeners = [_listen(server, place) for place in _places(options)]
             if tls is not None and tls.mode == "required":
                 listeners = [_as_tls(place) for place in listeners]
             _announce(listeners, exports, options.json)
             signal.sigwait(_ENDS)
         for export in exports.values():
             export.flush()
+
+
+def _listen(server: "Server", place: NBDURI) -> NBDURI:
+    try:
+        return server.listen(place)
+    except OSError as problem:
+        if problem.errno is None:
+            raise
+        reason = os.strerror(problem.errno) if problem.errno > 0 else problem.strerror
+        raise OSError(problem.errno, f"cannot listen on {place}: {reason}") from problem
 
 
 def _tls(options: argparse.Namespace) -> "ServerTLS | None":

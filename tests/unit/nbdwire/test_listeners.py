@@ -439,7 +439,8 @@ def test_a_process_without_descriptors_accepts_later_and_still_ends(
         monkeypatch.setattr(socket.socket, "accept", accept)
         with connected(where) as client:
             client.in_step()
-        assert sum("cannot accept a client" in message for message in caplog.messages) == 2
+        # Two failures, one line: it would be ten lines a second for as long as it lasts.
+        assert sum("cannot accept clients" in message for message in caplog.messages) == 1
         failures.clear()
         with open_socket(where):
             wait_until(lambda: failures)

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from nbdwire import lookout as lookout_module
 from nbdwire.lookout import LIVELY, LOOK, Lookout, look_at
+
+
+@pytest.fixture(autouse=True)
+def _soon_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookout_module, "IDLE", 1)
 
 
 @pytest.fixture
@@ -130,3 +136,17 @@ def test_a_socket_is_looked_at_without_asking_what_it_has_received(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     assert type(look_at(pair[0], threading.Lock())) is Lookout
+
+
+@pytest.mark.parametrize("lively", [False, True])
+def test_a_client_that_stays_silent_is_idle_whether_it_was_lively_or_not(
+    pair: tuple[socket.socket, socket.socket], lively: bool
+) -> None:
+    look = lookout(pair[0], Counted())
+    look.end(time.perf_counter() - (0 if lively else 2 * LIVELY))
+    look.begin()
+    assert look.idle
+    look.idle = False
+    pair[1].sendall(b"x")
+    look.begin()
+    assert not look.idle

@@ -4,8 +4,10 @@ nbd.md §9. TLS itself is tested in test_tls.py.
 """
 
 import logging
+import socket
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -13,8 +15,9 @@ from fleece.block.memory import MemoryNode
 from nbdwire import constants as c
 from nbdwire.access import parse
 from nbdwire.client import Client, connect, list_exports
-from nbdwire.errors import NBDError, PolicyRefused, TLSRequired
-from nbdwire.negotiate_client import client_handshake
+from nbdwire.errors import ConnectionClosed, NBDError, PolicyRefused, TLSRequired
+from nbdwire.negotiate_client import client_handshake, client_list
+from nbdwire.opening import open_stream
 from nbdwire.server import Server
 from nbdwire.tls import ClientTLS, ServerTLS
 from nbdwire.transport import establish
@@ -66,6 +69,42 @@ def test_a_server_with_tls_serves_its_clients_with_it_and_says_so(
     (opened,) = [message for message in caplog.messages if message.startswith("open")]
     assert "tls=TLSv1." in opened
     assert "export='disk' headers=extended contexts=base:allocation" in opened
+
+
+def refusal(caplog: pytest.LogCaptureFixture) -> str:
+    """The only line about a refused client."""
+    (line,) = [message for message in caplog.messages if message.startswith("refused")]
+    return line
+
+
+def test_a_client_that_does_not_trust_the_server_is_logged_with_its_reason(
+    tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nbdwire")
+    with Server(NBDURI(socket=str(tmp_path / "s")), tls=server_tls(pki)) as server:
+        server.add("disk", MemoryNode(SIZE))
+        with pytest.raises(NBDError):
+            secure(server.listeners[0], "disk", pki.wrong_authority)
+    assert "it does not trust the authority that signed this side's certificate" in refusal(caplog)
+    assert "did not turn to TLS" not in refusal(caplog)
+
+
+def test_a_client_that_leaves_during_the_tls_handshake_has_turned_to_tls(
+    tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nbdwire")
+
+    def leaves(sock: socket.socket) -> NoReturn:
+        sock.close()
+        raise ConnectionClosed("gone")
+
+    with Server(NBDURI(socket=str(tmp_path / "s")), tls=server_tls(pki)) as server:
+        server.add("disk", MemoryNode(SIZE))
+        where = server.listeners[0]
+        with pytest.raises(ConnectionClosed):
+            open_stream(where, client_list(tls=True), 20.0, leaves)
+    assert "no TLS: the client hung up during the TLS handshake" in refusal(caplog)
+    assert "certificate" in refusal(caplog)
 
 
 @pytest.mark.parametrize("blocking", [False, True])

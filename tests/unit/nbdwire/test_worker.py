@@ -11,7 +11,7 @@ import pytest
 from fleece.block.file import FileNode
 from fleece.block.memory import MemoryNode
 from nbdwire import constants as c
-from nbdwire import worker
+from nbdwire import lookout, worker
 from nbdwire.connection import PlainSession
 from nbdwire.negotiate_client import ClientSession
 from nbdwire.requests import Requests
@@ -331,6 +331,30 @@ def test_an_idle_connection_pins_no_large_buffers() -> None:
         client.in_step()
         wait_until(lambda: len(loop._in) + len(loop._data) + len(loop._out) < 1 << 20)
         client.send(client.make(raw.DISC))
+
+
+def test_a_client_that_was_silent_is_served_from_buffers_that_were_given_back(
+    tmp_path: Path, form: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: list[bool] = []
+    rest = worker.Worker._rest
+    monkeypatch.setattr(lookout, "IDLE", 1)
+    monkeypatch.setattr(worker.Worker, "_rest", lambda loop: (rest(loop), rested.append(True)))
+    with serving(tmp_path, MemoryNode(8 << 20)) as (_, where), connected(where, **form) as client:
+        data = noise(2 << 20)
+        for _ in range(3):
+            assert client.write(5, data) == 0
+            assert client.read(5, len(data)) == data
+            assert client.read(5, 4096) == data[:4096]
+            before = len(rested)
+            wait_until(lambda: len(rested) > before)  # noqa: B023 (it is called at once)
+        half = client.make(raw.WRITE, 0, 8, payload=b"abcdefgh")
+        before = len(rested)
+        client.send(half[:30])
+        wait_until(lambda: len(rested) > before)
+        client.send(half[30:])
+        assert client.reply().error == 0
+        assert client.read(0, 9) == b"abcdefgh" + data[3:4]
 
 
 def test_two_clients_do_not_wait_for_each_other(tmp_path: Path) -> None:

@@ -199,6 +199,25 @@ def test_a_file_that_shrinks_between_map_and_sendfile_does_not_shift_the_replies
     client.in_step()
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_a_file_system_has_no_sendfile_bytes_are_copied_and_it_is_asked_once(
+    structured: Raw, node: Mapped, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    asked = []
+
+    def sendfile(*arguments: int) -> int:
+        asked.append(arguments)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(outgoing.os, "sendfile", sendfile)
+    for offset, length in [(10, 200_000), (0, 1 << 20), (77_777, 50_000)]:
+        reply = structured.ask(raw.READ, offset, length)
+        assert reply.error == 0
+        assert b"".join(chunk.data for chunk in reply.chunks) == CONTENT[offset : offset + length]
+    assert len(asked) == 1
+    structured.in_step()
+
+
 @pytest.fixture
 def failing_sendfile(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """``os.sendfile`` sends 70 000 bytes of the file, and then EIO for ever."""

@@ -55,6 +55,13 @@ def test_every_tool_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
         ["frobnicate"],
         ["info"],
         ["info", "http://localhost/"],
+        ["info", "--timeout", "nan", "nbd://localhost"],
+        ["info", "--timeout", "-1", "nbd://localhost"],
+        ["info", "--can", "fly", "nbd://localhost"],
+        ["info", "--can", "trim", "--size", "nbd://localhost"],
+        ["copy", "http://a", "b"],
+        ["copy", "a", "nbd+carrier-pigeon://b"],
+        ["serve", "--memory", "16E"],
         ["copy", "a"],
         ["copy", "a", "b", "--request-size", "1"],
         ["copy", "a", "b", "--request-size", "10x"],
@@ -70,13 +77,19 @@ def test_a_wrong_command_line_is_status_2(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: python -m nbdwire" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("nbdwire")
+    assert " --help tells more" in told
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["info", "nbd+unix:///?socket=/nowhere/s"], "cannot connect to nbd+unix:///?socket="),
+        (["info", "nbd+unix:///?socket=/nowhere/s"], "; no server has made that socket"),
+        (["copy", "/proc/version", "/nowhere/b"], "/proc/version: "),
+        (["serve", "--memory", "1M", "--listen", "nbd://192.0.2.1:1"], "choose an address of this"),
         (["copy", "/nowhere/a", "/nowhere/b"], "/nowhere/a: No such file or directory"),
         (["copy", "/", "/nowhere/b"], "/: neither a regular file nor a block device"),
         (["copy", "/dev/null", "/nowhere/b"], "neither a regular file nor a block device"),
@@ -148,7 +161,62 @@ def test_info_list_and_map_tell_the_same_as_the_client(
         assert main(["map", "--totals", "--json", uri]) == 0
         assert [row["size"] for row in json.loads(capsys.readouterr().out)] == [65536, 983040]
         assert main(["map", "--context", "x:y", uri]) == 1
-        assert "no metadata context 'x:y'" in capsys.readouterr().err
+        assert "no metadata context 'x:y'; it has: 'base:allocation'" in capsys.readouterr().err
+        assert main(["map", "--context", "all", uri]) == 0
+        assert [line.split() for line in capsys.readouterr().out.splitlines()] == words
+        assert main(["info", uri.replace("/disk?", "/nope?")]) == 1
+        assert "see: python -m nbdwire list URI" in capsys.readouterr().err
+        assert main(["info", uri.replace("nbd+unix", "nbds+unix")]) == 1
+        assert "an nbd:// URI asks for no TLS" in capsys.readouterr().err
+
+
+def test_info_answers_a_question_with_its_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve("--memory", "1M", "-r", "--socket", tmp_path / "s") as facts:
+        uri = str(facts["uri"])
+        for question in ("flush", "multi-conn", "connect", "read", "structured", "extended"):
+            assert main(["info", "--can", question, uri]) == 0
+        assert main(["info", "--can", "write", uri]) == 3
+        assert main(["info", "--is", "read-only", uri]) == 0
+        assert main(["info", "--is", "tls", uri]) == 3
+        assert capsys.readouterr().out == ""
+        assert main(["info", "--is", "tls", "--json", uri]) == 3
+        assert json.loads(capsys.readouterr().out) == {"tls": False}
+        assert main(["info", "--size", "--json", uri]) == 0
+        assert json.loads(capsys.readouterr().out)["export-size"] == 1 << 20
+
+
+@pytest.mark.parametrize("target", [True, False])
+def test_an_interrupted_copy_ends_with_130_and_one_line(tmp_path: Path, target: bool) -> None:
+    """With a server that has stopped to answer, in the middle of a copy."""
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * (128 << 20))
+    words = [*COMMAND, "serve", "--socket", str(tmp_path / "s")]
+    words += ["--memory", "128M"] if target else [str(image)]
+    uri = f"nbd+unix:///?socket={tmp_path / 's'}"
+    ends = [str(image), uri] if target else [uri, str(tmp_path / "out")]
+    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        copy = subprocess.Popen(
+            [*COMMAND, "copy", "--progress", "--request-size", "4k", *ends],
+            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert copy.stderr is not None
+            assert copy.stderr.readline().startswith(" 10 %")
+            server.send_signal(signal.SIGSTOP)
+            copy.send_signal(signal.SIGINT)
+            rest = copy.communicate(timeout=20)[1]
+        finally:
+            server.send_signal(signal.SIGCONT)
+            server.terminate()
+            copy.kill()
+            copy.communicate()
+    assert copy.returncode == 130
+    assert rest.splitlines()[-1] == "nbdwire copy: interrupted; the target is incomplete"
+    assert "Traceback" not in rest
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -14,76 +13,52 @@ from hypothesis import strategies as st
 
 from nbdwire.constants import STATE_HOLE, STATE_ZERO
 from nbdwire.extents import Extent
-from nbdwire.tools.copying import Copy, CopyFailed, Plan, is_zero, pieces
-from nbdwire.tools.ends import FileEnd, StreamTarget, Then
+from nbdwire.tools.copying import Copy, Plan, is_zero, pieces
+from nbdwire.tools.ends import CopyFailed, Done, FileEnd, StreamSource, StreamTarget, failed
 from nbdwire.tools.files import FileExport
 from nbdwire.tools.progress import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MODEST = settings(derandomize=True, deadline=None, max_examples=150)
 KiB = 1024
 
 
 class FakeEnd:
-    """Memory as source or target. Operations end in a pool of threads, in any order."""
+    """Memory as source or target, and its own reader and writer; depth 2, one lane or more."""
 
     def __init__(self, data: bytearray, extents: list[Extent] | None = None) -> None:
         self.name = "fake"
         self.data = data
         self.size: int | None = len(data)
         self.block = 1
-        self.feeders = 1
+        self.lanes = 1
+        self.ordered = False
+        self.maximum = 1 << 20
         self.is_zero = False
         self.found = extents or [Extent(0, len(data), 0)]
         self.fails: Callable[[str, int], Exception | None] = lambda verb, offset: None
         self.calls: list[tuple[str, int, int]] = []
+        self.threads: set[int] = set()
         self.cancelled = self.drained = 0
         self.finished: tuple[int, bool] | None = None
-        self._pool = ThreadPoolExecutor(4)
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        problem = self.fails("extents", offset)
-        if problem is not None:
-            raise problem
-        inside = [x for x in self.found if x.end > offset]
-        first = inside[0]
-        return [Extent(offset, first.end - offset, first.status), *inside[1:3]]
+    def reader(self, lane: int) -> "FakeReader":
+        return FakeReader(self)
 
-    def _later(
-        self, verb: str, offset: int, length: int, do: Callable[[], None], then: Then
-    ) -> None:
+    def writer(self, lane: int, done: Done) -> "FakeWriter":
+        return FakeWriter(self, done)
+
+    def call(self, verb: str, offset: int, length: int) -> None:
         self.calls.append((verb, offset, length))
-
-        def run() -> None:
-            problem = self.fails(verb, offset)
-            if problem is None:
-                do()
-            then(problem)
-
-        self._pool.submit(run)
-
-    def read(self, view: memoryview, offset: int, then: Then) -> None:
-        def do() -> None:
-            view[:] = self.data[offset : offset + len(view)]
-
-        self._later("read", offset, len(view), do, then)
-
-    def write(self, view: memoryview, offset: int, then: Then) -> None:
-        def do() -> None:
-            self.data[offset : offset + len(view)] = view
-
-        self._later("write", offset, len(view), do, then)
-
-    def zero(self, offset: int, length: int, allocate: bool, then: Then) -> None:
-        def do() -> None:
-            self.data[offset : offset + length] = bytes(length)
-
-        self._later("allocate" if allocate else "zero", offset, length, do, then)
+        self.threads.add(threading.get_ident())
+        problem = self.fails(verb, offset)
+        if problem is not None:
+            raise failed(verb, length, offset, self.name, problem)
 
     def cancel(self) -> None:
         self.cancelled += 1
-
-    def drain(self) -> None:
-        self.drained += 1
 
     def finish(self, size: int, flush: bool) -> None:
         self.finished = (size, flush)
@@ -91,8 +66,60 @@ class FakeEnd:
         if problem is not None:
             raise problem
 
-    def close(self, abort: bool) -> None:
-        self._pool.shutdown()
+    def close(self) -> None:
+        pass
+
+
+class FakeReader:
+    depth = 2
+
+    def __init__(self, end: FakeEnd) -> None:
+        self._end = end
+        self._asked: list[tuple[int, int]] = []
+        self._last = bytearray()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        problem = self._end.fails("extents", offset)
+        if problem is not None:
+            raise CopyFailed(f"cannot ask fake where its data are: {problem.args[1]}")
+        inside = [x for x in self._end.found if x.end > offset]
+        first = inside[0]
+        return [Extent(offset, first.end - offset, first.status), *inside[1:3]]
+
+    def ask(self, offset: int, length: int) -> None:
+        self._asked.append((offset, length))
+        assert len(self._asked) <= self.depth
+
+    def take(self) -> memoryview:
+        self._last[:] = b"\xee" * len(self._last)  # what was read before is not valid any more
+        offset, length = self._asked.pop(0)
+        self._end.call("read", offset, length)
+        self._last = self._end.data[offset : offset + length]
+        return memoryview(self._last)
+
+
+class FakeWriter:
+    """Acknowledges late: when it is drained."""
+
+    def __init__(self, end: FakeEnd, done: Done) -> None:
+        self._end = end
+        self._done = done
+        self._sent: list[tuple[int, bool]] = []
+
+    def write(self, view: memoryview, offset: int) -> None:
+        self._end.call("write", offset, len(view))
+        self._end.data[offset : offset + len(view)] = view
+        self._sent.append((len(view), False))
+
+    def zero(self, offset: int, length: int, allocate: bool) -> None:
+        self._end.call("allocate" if allocate else "zero", offset, length)
+        self._end.data[offset : offset + length] = bytes(length)
+        self._sent.append((length, True))
+
+    def drain(self) -> None:
+        self._end.drained += 1
+        for length, zero in self._sent:
+            self._done(length, zero)
 
 
 SIZE = 600 * KiB + 17
@@ -114,22 +141,18 @@ def disk(seed: int = 1) -> tuple[bytearray, list[Extent]]:
 
 
 def copied(source: FakeEnd, target: FakeEnd, **plan: int | bool) -> Copy:
-    options = {"buffers": 3, "request_size": 16 * KiB, "sparse": 4 * KiB, **plan}
+    options = {"request_size": 16 * KiB, "sparse": 4 * KiB, **plan}
     copy = Copy(source, target, Plan(**options), quiet)  # type: ignore[arg-type]
-    try:
-        copy.run()
-    finally:
-        source.close(False)
-        target.close(False)
+    copy.run()
     return copy
 
 
-@pytest.mark.parametrize("feeders", [1, 3])
-@pytest.mark.parametrize("plan", [{}, {"allocate": True}, {"sparse": 0}, {"buffers": 1}])
-def test_the_target_is_what_the_source_is(plan: dict[str, int | bool], feeders: int) -> None:
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("plan", [{}, {"allocate": True}, {"sparse": 0}])
+def test_the_target_is_what_the_source_is(plan: dict[str, int | bool], lanes: int) -> None:
     data, extents = disk()
     source, target = FakeEnd(data, extents), FakeEnd(bytearray(b"\xff" * (SIZE + 5)))
-    source.feeders = feeders
+    source.lanes = target.lanes = lanes
     copy = copied(source, target, **plan)
     assert target.data == data + b"\xff" * 5
     totals = copy.totals
@@ -140,6 +163,8 @@ def test_the_target_is_what_the_source_is(plan: dict[str, int | bool], feeders: 
     assert wanted in verbs
     assert other not in verbs
     assert max(length for verb, _, length in source.calls) <= 16 * KiB
+    assert target.drained == lanes
+    assert source.threads == target.threads
     hidden = sum(x.length for x in extents if x.is_zero)
     assert totals.read == SIZE - hidden
     assert (totals.zeroed > hidden) == (plan.get("sparse") != 0)  # zeroes were found in data
@@ -198,7 +223,7 @@ def test_an_error_anywhere_ends_the_copy_and_says_where(verb: str, message: str)
         copied(source, target)
     assert str(caught.value).startswith(message)
     assert (target.finished is not None) == (verb == "finish")
-    assert target.cancelled == (verb != "finish")
+    assert (target.cancelled, source.cancelled) == ((0, 0) if verb == "finish" else (1, 1))
 
 
 @MODEST
@@ -215,10 +240,9 @@ def test_pieces_cover_everything_once_and_only_zeroes_are_called_zero(
         extents.append(Extent(position, length, STATE_ZERO if is_hole else 0))
         zero += bytes([is_hole]) * length
         position += length
-    source = FakeEnd(bytearray(position), extents)
-    source.close(False)
+    source = FakeEnd(bytearray(position), extents).reader(0)
     at = 0
-    for offset, length, is_hole in pieces(source, position, block, step):
+    for offset, length, is_hole in pieces(source.extents, position, block, step):
         assert offset == at
         assert length > 0
         at += length
@@ -240,52 +264,98 @@ def test_a_single_byte_makes_it_not_zero(length: int, position: int) -> None:
         assert not is_zero(memoryview(data))
 
 
-# Standard output
+def test_a_lane_that_fails_ends_the_others_and_their_errors_are_not_told() -> None:
+    """The first error counts: what the giving up causes is not what went wrong."""
+    data = bytearray(random.Random(4).randbytes(SIZE))
+    source, target = FakeEnd(data), FakeEnd(bytearray(SIZE))
+    source.lanes = target.lanes = 3
+    given_up = threading.Event()
+    cancel, source_cancel = given_up.set, source.cancel
+    source.cancel = lambda: (source_cancel(), cancel())[0]  # type: ignore[method-assign,func-returns-value]
+
+    def fails(verb: str, offset: int) -> Exception | None:
+        if offset == 0:
+            return OSError(errno.EIO, "bad sector")
+        assert given_up.wait(10)
+        return OSError(errno.ESHUTDOWN, "given up")
+
+    source.fails = lambda verb, offset: fails(verb, offset) if verb == "read" else None
+    with pytest.raises(CopyFailed, match="at offset 0 of fake: bad sector"):
+        copied(source, target)
+    assert target.finished is None
 
 
-def test_a_stream_is_written_in_order() -> None:
+def test_a_fault_in_a_lane_is_not_swallowed() -> None:
+    source, target = FakeEnd(bytearray(SIZE)), FakeEnd(bytearray(SIZE))
+    source.lanes = target.lanes = 2
+    whole = target.writer
+
+    def writer(lane: int, done: Done) -> FakeWriter:
+        assert 1 // (1 - lane)
+        return whole(lane, done)
+
+    target.writer = writer  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        copied(source, target)
+
+
+# Standard input and output
+
+
+def test_a_stream_is_written_in_order_and_counted() -> None:
     read, write = os.pipe()
-    done: list[Exception | None] = []
+    done: list[tuple[int, bool]] = []
     try:
-        target = StreamTarget(write)
-        target.write(memoryview(b"late"), 8, done.append)
-        target.zero(5, 3, False, done.append)
-        assert done == []
-        target.write(memoryview(b"early"), 0, done.append)
-        assert done == [None] * 3
+        target = StreamTarget(write).writer(0, lambda length, zero: done.append((length, zero)))
+        target.write(memoryview(b"early"), 0)
+        target.zero(5, 3, False)
+        target.write(memoryview(b"late"), 8)
+        assert done == [(5, False), (3, True), (4, False)]
+        with pytest.raises(CopyFailed, match="at 12, not at 99"):
+            target.write(memoryview(b"x"), 99)
         assert os.read(read, 100) == b"early\0\0\0late"
     finally:
         os.close(read)
         os.close(write)
 
 
-def test_what_waits_for_its_turn_is_given_up_when_the_copy_has_failed() -> None:
-    done: list[Exception | None] = []
-    target = StreamTarget(-1)
-    target.write(memoryview(b"never"), 5, done.append)
-    target.cancel()
-    target.write(memoryview(b"never"), 10, done.append)
-    assert [getattr(error, "errno", None) for error in done] == [errno.ECANCELED] * 2
+def test_an_export_is_written_to_a_stream_by_one_lane() -> None:
+    data, extents = disk()
+    source = FakeEnd(data, extents)
+    source.lanes = 3
+    read, write = os.pipe()
+    found = bytearray()
+
+    def drain() -> None:
+        while part := os.read(read, 65536):
+            found.extend(part)
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    try:
+        Copy(source, StreamTarget(write), Plan(request_size=4096), quiet).run()
+    finally:
+        os.close(write)
+        reader.join()
+        os.close(read)
+    assert found == data
 
 
-def test_a_failed_read_of_a_stream_copy_does_not_hang() -> None:
-    """The pieces behind the one that is missing must give their buffers back."""
-    source = FakeEnd(bytearray(random.Random(1).randbytes(SIZE)))
-    behind = threading.Event()
-
-    def fails(verb: str, offset: int) -> Exception | None:
-        if verb != "read" or offset:
-            if verb == "read":
-                behind.set()
-            return None
-        assert behind.wait(10)
-        return OSError(errno.EIO, "bad sector")
-
-    source.fails = fails
-    target = StreamTarget(-1)
-    with pytest.raises(CopyFailed, match="offset 0 of fake: bad sector"):
-        Copy(source, target, Plan(buffers=3, request_size=4096), quiet).run()
-    source.close(False)
+def test_a_stream_that_is_too_long_for_its_target_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(b"x" * 10_000)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        small = FakeEnd(bytearray(9999))
+        with pytest.raises(CopyFailed, match="fake has only 9999 bytes"):
+            Copy(StreamSource(fd), small, Plan(request_size=4096), quiet).run()
+        os.lseek(fd, 0, os.SEEK_SET)
+        large = FakeEnd(bytearray(10_001))
+        totals = Copy(StreamSource(fd), large, Plan(request_size=4096), quiet).run()
+        assert (totals.read, large.finished) == (10_000, (10_000, True))
+        assert large.data == b"x" * 10_000 + b"\0"
+    finally:
+        os.close(fd)
 
 
 # Files
@@ -296,23 +366,24 @@ def test_a_target_file_is_emptied_and_gets_the_size_of_the_source(tmp_path: Path
     path.write_bytes(b"old contents" * 1000)
     end = FileEnd.create(str(path), 5000, keep=False)
     assert (end.size, end.is_zero) == (5000, True)
-    end.close(False)
+    end.close()
     assert path.read_bytes() == bytes(5000)
     end = FileEnd.create(str(path), 100, keep=True)
     assert (end.size, end.is_zero) == (5000, False)
-    end.close(False)
+    end.close()
 
 
 def test_a_hole_is_punched_and_an_allocated_zero_is_not(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"x" * (1 << 20))
     end, told = FileEnd("disk", FileExport.open(str(path))), []
+    writer = end.writer(0, lambda length, zero: told.append(length))
     full = path.stat().st_blocks
-    end.zero(0, 512 * KiB, True, told.append)
+    writer.zero(0, 512 * KiB, True)
     assert path.stat().st_blocks == full
-    end.zero(0, 256 * KiB, False, told.append)
+    writer.zero(0, 256 * KiB, False)
     assert path.stat().st_blocks < full
     assert path.read_bytes() == bytes(512 * KiB) + b"x" * (512 * KiB)
-    assert told == [None, None]
-    assert [x.is_zero for x in end.extents(0, 1 << 20)] == [True, False]
-    end.close(False)
+    assert told == [512 * KiB, 256 * KiB]
+    assert [x.is_zero for x in end.reader(0).extents(0, 1 << 20)] == [True, False]
+    end.close()

@@ -12,17 +12,12 @@ from typing import Any, Final
 from fleece.block.file import FileNode
 from fleece.block.node import Node
 from fleece.block.window import Window
-from fleece.errors import ImageCorrupt, ImageError
+from fleece.errors import ImageError
 from fleece.formats.chain import combined
 from fleece.formats.opening import Asked, Layer, Opener, Step
 from fleece.formats.qcow2 import bitmap_directory, snapshot_table
-from fleece.formats.qcow2.constants import (
-    COMPRESSION_ZSTD,
-    CRYPT_LUKS,
-    EXT_CRYPTO,
-    MAX_CHAIN_DEPTH,
-)
-from fleece.formats.qcow2.header import Header, extension
+from fleece.formats.qcow2.constants import COMPRESSION_ZSTD, CRYPT_LUKS, MAX_CHAIN_DEPTH
+from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.snapshot_table import Snapshot
 from fleece.units import align_up
 
@@ -57,6 +52,8 @@ def of_layer(layer: Layer) -> Info:
     if actual is not None:
         info["actual-size"] = actual
     header = layer.header
+    if layer.driver == "luks":
+        return info | _plain_luks(layer)
     if header is None:
         if isinstance(layer.node, FileNode):
             info["dirty-flag"] = False
@@ -159,13 +156,24 @@ def _encryption(layer: Layer, header: Header) -> Info:
         return {"format": "aes"}
     from fleece.formats.qcow2 import luks
 
-    place = extension(header, EXT_CRYPTO) or bytes(16)
-    offset, length = int.from_bytes(place[:8], "big"), int.from_bytes(place[8:], "big")
-    if offset + luks.HEADER_BYTES > layer.node.size:
-        raise ImageCorrupt(f"{layer.name}: the LUKS header lies outside of the file")
-    data = bytearray(luks.HEADER_BYTES)
-    layer.node.pread_into(memoryview(data), offset)
-    return luks_info(luks.parse(bytes(data), length, layer.name))
+    offset, length = luks.place(header, layer.name)
+    return luks_info(luks.read_header(layer.node, offset, length, layer.name))
+
+
+def _plain_luks(layer: Layer) -> Info:
+    """A LUKS file or partition of its own."""
+    from fleece.formats.qcow2 import luks
+
+    header = luks.read_header(layer.node, 0, layer.node.size, layer.name)
+    return {
+        "virtual-size": align_up(layer.node.size - header.length, _SECTOR),
+        "encrypted": True,
+        "format-specific": {"type": "luks", "data": _without_format(luks_info(header))},
+    }
+
+
+def _without_format(info: Info) -> Info:
+    return {key: value for key, value in info.items() if key != "format"}
 
 
 def luks_info(header: Any) -> Info:

@@ -36,8 +36,8 @@ DEPTH_SHIFT: Final = 8
 """An entry's code: the bits above, and how many layers below the top it was found."""
 
 _SECTOR: Final = 512
-_MOST_ENTRIES: Final = 1 << 15
-_MOST_WINDOW: Final = 1 << 62
+_MOST_ENTRIES: Final = 1 << 13
+_MOST_STRETCHES: Final = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -254,7 +254,7 @@ class _Clusters:
         starts = begin + np.arange(len(codes), dtype=np.int64) * unit
         batch = Batch(starts, codes, hosts, begin + count * self._cover)
         batch = _joined(batch)
-        batch = batch if self._holes is None else _with_holes(batch, self._holes)
+        batch = batch if self._holes is None else self._holes.mark(batch)
         return _part(batch, begin, self.size)
 
     def _entries(self, index: int, count: int) -> NDArray[np.uint64]:
@@ -339,38 +339,49 @@ def _read_table(file: Node, offset: int, count: int) -> NDArray[np.uint64]:
     return np.frombuffer(data, ">u8").astype(np.uint64)
 
 
-def _with_holes(batch: Batch, file: Node) -> Batch:
-    """Data that lies in a hole of the file is zero as well; it is cut where the holes are."""
-    starts, codes, hosts = [], [], []
-    triples = zip(
-        batch.starts.tolist(), batch.lengths.tolist(), batch.codes.tolist(), batch.hosts.tolist(),
-        strict=True,
-    )  # fmt: skip
-    for start, length, code, host in triples:
-        end = start + length
-        while start < end:
-            count, zero = end - start, False
-            if code & DATA and code & OFFSET:
-                count, zero = _hole(file, host, count)
-            starts.append(start)
-            codes.append(code | ZERO if zero else code)
-            hosts.append(host)
-            start, host = start + count, host + count if code & OFFSET else 0
-    places = np.array(starts, np.int64)
-    return Batch(places, np.array(codes, np.uint16), np.array(hosts, np.int64), batch.stop)
+class _Holes:
+    """Where a file reads as zeroes because it has nothing there, and behind its end."""
+
+    def __init__(self, file: Node) -> None:
+        starts, zeroes = [], []
+        at, size = 0, file.size
+        while at < size:
+            for offset, length, status in file.extents(at, size - at):
+                starts.append(offset)
+                zeroes.append(bool(status & STATE_ZERO))
+                at = offset + length
+            if len(starts) > _MOST_STRETCHES:  # the rest is taken for data: never wrong
+                starts.append(at)
+                zeroes.append(False)
+                break
+        else:
+            starts.append(size)
+            zeroes.append(True)
+        self._starts = np.array(starts, np.int64)
+        self._zeroes = np.array(zeroes, bool)
+
+    def mark(self, batch: Batch) -> Batch:
+        """``batch`` cut where holes begin and end: data that lies in one is zero as well."""
+        starts, codes, hosts, stop = batch
+        data = codes & (DATA | OFFSET) == DATA | OFFSET
+        first = self._stretch(hosts)
+        more = np.where(data, self._stretch(hosts + batch.lengths - 1) - first, 0)
+        entry = np.repeat(np.arange(len(starts)), more + 1)
+        number = np.arange(len(entry)) - np.repeat(np.cumsum(more + 1) - more - 1, more + 1)
+        stretch = first[entry] + number
+        skipped = np.where(number, self._starts[stretch] - hosts[entry], 0)
+        marked = codes[entry]
+        marked[data[entry] & self._zeroes[stretch]] |= ZERO
+        places = hosts[entry] + skipped
+        return Batch(starts[entry] + skipped, marked, places, stop)
+
+    def _stretch(self, hosts: Ints) -> NDArray[np.intp]:
+        """The number of the stretch in which each of ``hosts`` lies."""
+        return np.asarray(np.searchsorted(self._starts, hosts, "right") - 1)
 
 
-def _hole(file: Node, host: int, length: int) -> tuple[int, bool]:
-    """``(count, zero)`` of the first bytes of a range of the file; zero behind its end."""
-    there = min(length, file.size - host)
-    if there <= 0:
-        return length, True
-    extent = file.extents(host, there)[0]
-    return extent.length, bool(extent.status & STATE_ZERO)
-
-
-def _recursion(layer: Layer, header: Header) -> Node | None:
-    """The file whose holes count as zeroes: only where metadata seem to be preallocated.
+def _recursion(layer: Layer, header: Header) -> _Holes | None:
+    """The file's holes, if they count as zeroes: where metadata seem to be preallocated only.
 
     QEMU's rule (7.2): at least a ninth more clusters are in use than the file takes on disk.
     """
@@ -382,7 +393,7 @@ def _recursion(layer: Layer, header: Header) -> Node | None:
     clusters = -(-layer.node.size // header.cluster_size)
     if _used_clusters(layer.node, header, clusters, threshold) < threshold:
         return None
-    return layer.node if layer.data is None else layer.data
+    return _Holes(layer.node if layer.data is None else layer.data)
 
 
 def _used_clusters(file: Node, header: Header, clusters: int, enough: int) -> int:

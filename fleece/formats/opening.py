@@ -52,8 +52,9 @@ class Asked:
 class Layer:
     """One image of a chain. ``node`` holds its bytes (or is the disk itself, for raw).
 
-    ``shown`` is its filename as QEMU shows it. ``header`` is that of a qcow2 image. ``path`` is None for what is no file of this host; names in
-    the image are relative to its directory. ``root`` is where the policy starts from.
+    ``shown`` is its filename as QEMU shows it. ``header`` is that of a qcow2 image. ``path`` is
+    None for what is no file of this host; names in the image are relative to its directory.
+    ``root`` is where the policy starts from. ``data`` is the external data file.
     """
 
     driver: str
@@ -330,17 +331,20 @@ class Opener:
         if layer.header is None:
             return None
         read_only = layer.read_only or not self._asked.writable_backing
-        if "backing" in layer.options:
-            given = layer.options["backing"]
+        given = layer.options.get("backing", {})
+        if given is None or (given and ("file" in given or "filename" in given)):
             return None if given is None else Step(normal(given), read_only)
+        if given.get("driver") in drivers.PROTOCOLS:
+            return Step(given, read_only)
         if layer.header.backing_file is None:
             return None
         name = layer.header.backing_file
         path = self._asked.policy.resolve(name, "backing file", layer.path, layer.root)
-        driver = backing_format(layer.header, layer.name)
+        driver = given.get("driver") or backing_format(layer.header, layer.name)
         file = {"driver": "file", "filename": str(path)}
+        options = {**given, "driver": driver, "file": file}
         shown = combined(layer.shown, name)
-        return Step({"driver": driver, "file": file}, read_only, layer.root, "backing file", shown)
+        return Step(options, read_only, layer.root, "backing file", shown)
 
     def _assemble(self, layer: Layer, backing: Node | None) -> Node:
         if layer.driver == "raw":
@@ -348,7 +352,7 @@ class Opener:
         if layer.driver == "qcow2":
             return self._filtered(self._owned(self._qcow2(layer, backing)), layer.options)
         if layer.driver == "luks":
-            raise UnsupportedFeature(f"{layer.name}: driver luks is not supported yet")
+            return self._filtered(self._owned(self._luks(layer)), layer.options)
         return layer.node
 
     def _raw(self, layer: Layer) -> Node:
@@ -359,14 +363,51 @@ class Opener:
 
     def _qcow2(self, layer: Layer, backing: Node | None) -> Node:
         from fleece.formats.qcow2.image import Qcow2Node
+        from fleece.formats.runtime import qcow2_options
 
         return Qcow2Node(
             layer.node,
             backing=backing,
+            data_file=self._decrypted(layer),
             read_only=layer.read_only,
             name=layer.options.get("node-name", layer.name),
             header=layer.header,
+            options=qcow2_options(layer.options),
         )
+
+    def _decrypted(self, layer: Layer) -> Node | None:
+        """Where the plain data lies; None if that is the image itself."""
+        assert layer.header is not None
+        secret = layer.options.get("encrypt", {}).get("key-secret")
+        if not layer.header.crypt_method or secret is None:
+            return layer.data
+        from fleece.formats.qcow2 import luks
+        from fleece.formats.qcow2.crypt import EncryptedNode
+
+        key = luks.open_key(layer.node, layer.header, self._key(secret), layer.name)
+        if layer.data is not None:
+            return self._owned(luks.LuksNode(layer.data, key))  # it closes the data file
+        return self._owned(EncryptedNode(layer.node, key))
+
+    def _luks(self, layer: Layer) -> Node:
+        from fleece.formats.qcow2 import luks
+
+        if "header" in layer.options:
+            raise UnsupportedFeature(f"{layer.name}: a detached LUKS header is not supported")
+        if "key-secret" not in layer.options:
+            raise UsageError(
+                f"{layer.name}: it is encrypted; give its passphrase: --object "
+                "secret,id=sec0,file=FILE and key-secret=sec0"
+            )
+        return luks.open_luks(layer.node, self._key(layer.options["key-secret"]))
+
+    def _key(self, name: str) -> bytes:
+        try:
+            return self._asked.keys[name]
+        except KeyError:
+            raise UsageError(
+                f"there is no secret {name!r}; give it with --object secret,id={name},file=FILE"
+            ) from None
 
     def at_snapshot(self, node: Node, which: str) -> Node:
         """An internal snapshot of ``node`` as a node, which takes over ``node``."""

@@ -202,16 +202,6 @@ def test_an_image_that_qemu_left_dirty_is_repaired_before_it_is_written(tmp_path
     node.close()
 
 
-def _snapshot(path: Path) -> None:
-    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
-    qemu_img("snapshot", "-c", "one", path)
-
-
-def _bitmap(path: Path) -> None:
-    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
-    qemu_img("bitmap", "--add", path, "b0")
-
-
 def _create(options: str) -> Any:
     def run(path: Path) -> None:
         qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "1M")
@@ -257,8 +247,6 @@ REFUSED = [
     (_encrypted, True, UnsupportedFeature, "encrypted"),
     (_zstd, True, UnsupportedFeature, "compression type"),
     (_unknown_bit, True, UnsupportedFeature, "incompatible bit 8"),
-    (_snapshot, False, UnsupportedFeature, "internal snapshots"),
-    (_bitmap, False, UnsupportedFeature, "persistent bitmaps"),
     (_create("refcount_bits=1"), False, UnsupportedFeature, "1 bit refcounts"),
     (_corrupt, False, ImageCorrupt, "marked corrupt"),
 ]

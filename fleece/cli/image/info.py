@@ -113,7 +113,7 @@ def snapshot_line(snapshot: dict[str, Any]) -> str:
     icount = str(snapshot.get("icount", ""))
     name, identity = printable(snapshot["name"]), printable(snapshot["id"])
     size = human_size(snapshot["vm-state-size"])
-    return f"{identity:<10}{name:<17}{size:>8}{moment:>20}{clock:>13}{icount:>11}"
+    return f"{identity:<9} {name:<16} {size:>8} {moment:>19} {clock:>12} {icount:>10}"
 
 
 def human_size(count: int) -> str:

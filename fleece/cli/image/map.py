@@ -185,7 +185,7 @@ def _hex(value: int) -> str:
 
 
 def _picture(args: argparse.Namespace, layers: "list[Layer]", start: int, length: int) -> None:
-    from fleece.cli.image import picture
+    import fleece.cli.image.picture as picture
     from fleece.formats.mapping import disk_size, walk
 
     stop = min(start + length, disk_size(layers))

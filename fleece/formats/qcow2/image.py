@@ -162,6 +162,8 @@ class Qcow2Node(Qcow2Zeroer):
             if self.bitmaps is not None and not self._meta.broken:
                 self._meta.flush()
                 self.bitmaps.store()
+        except ImageError as error:
+            raise OSError(errno.ENOSPC, str(error)) from error
         finally:
             self._meta.close()
 

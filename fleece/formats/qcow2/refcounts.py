@@ -133,6 +133,8 @@ class Refcounts:
         first = self._free.find(count, self._next)
         if first < 0:
             return self._allocate_at_end(count)
+        if first <= self._packed_at >> self._bits < first + count:
+            self._packed_at = 0  # what was packed there is gone
         self._blocks.fill(first, count, 1)
         return first << self._bits
 

@@ -48,7 +48,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser.add_argument("target", metavar="TARGET")
     option = parser.add_argument
     option("--connections", type=positive, default=CONNECTIONS, metavar="N",
-           help="to each server that allows several (default: %(default)s)")  # fmt: skip
+           help="to each server that allows several, and threads (default: one for each "
+           "processor, 2 to 4)")  # fmt: skip
     option("--requests", type=positive, default=REQUESTS, metavar="N",
            help="in flight on each connection (default: %(default)s)")  # fmt: skip
     option("--request-size", type=size, default=REQUEST_SIZE, metavar="SIZE",

@@ -27,7 +27,16 @@ from fleece.formats.qcow2 import header as headers
 from fleece.formats.qcow2.bitmap_directory import Bitmap
 from fleece.formats.qcow2.dirty_bits import StoredBitmap
 from fleece.formats.qcow2.image import Qcow2Node, read_header
-from tests.support.qcow2 import assert_clean, make, opened, qemu_img, qemu_io
+from tests.support.fulldisk import FullDisk
+from tests.support.qcow2 import (
+    RecordingFile,
+    assert_clean,
+    in_two_threads,
+    make,
+    opened,
+    qemu_img,
+    qemu_io,
+)
 
 MiB = 1 << 20
 SIZE = 8 * MiB
@@ -507,8 +516,73 @@ def test_control_without_the_lock_one_of_them_may_be_lost(tmp_path: Path) -> Non
     assert min(marked_by_two(path, locked=False) for _ in range(20)) == 1
 
 
+def data_before_mark(path: Path, *, wrong: bool) -> bool:
+    """Two first writes at once: whether data of one is in the file before the mark is."""
+    with opened(path) as node:
+        bitmaps.add(node, "b0")
+    recorder = RecordingFile(FileNode(path, locking=False))
+    node = Qcow2Node(recorder)
+    assert node.bitmaps is not None
+    begun, mark, header = node.bitmaps, node.bitmaps._mark_in_use, node.header
+    entered, written = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        entered.set()
+        written.wait(0.3)
+        mark(*arguments)
+
+    def second() -> None:
+        entered.wait(10)
+        write(node, MiB, 65536)
+        written.set()
+
+    begun._mark_in_use = slow  # type: ignore[method-assign]
+    if wrong:
+        node._begin = lambda: (node._meta.begin(), begun.begin())  # type: ignore[method-assign,assignment]
+    in_two_threads(lambda: write(node, 0, 65536), second)
+    place = directory.place(header, "x")
+    assert place is not None
+    log = [(at, data[:1]) for kind, at, data in recorder.log if kind == "write"]
+    marked = next(i for i, (at, _) in enumerate(log) if at == place.offset)
+    first = next(i for i, (_, data) in enumerate(log) if data == b"x")
+    node.close()
+    return first < marked
+
+
+def test_no_data_is_written_before_the_bitmaps_are_marked_in_use(tmp_path: Path) -> None:
+    assert not data_before_mark(make(tmp_path / "disk.qcow2", SIZE), wrong=False)
+
+
+def test_control_if_the_image_is_begun_before_its_bitmaps_data_is(tmp_path: Path) -> None:
+    assert data_before_mark(make(tmp_path / "disk.qcow2", SIZE), wrong=True)
+
+
 def test_the_page_that_is_full_stays_full() -> None:
     assert dirty_bits._FULL == b"\1" * 65536
+
+
+def test_a_store_that_fails_anywhere_leaves_no_stale_bitmap(tmp_path: Path) -> None:
+    for left in range(40):
+        path = make(tmp_path / f"{left}.qcow2", SIZE, cluster_size=4096)
+        with opened(path) as node:
+            bitmaps.add(node, "b0", granularity=4096)
+            write(node, 0, 10_000)
+        file = FullDisk(path, locking=False)
+        node = Qcow2Node(file)
+        write(node, MiB, 10_000)
+        node.flush()
+        file.left = left
+        failed = False
+        try:
+            node.close()
+        except OSError:
+            failed = True
+        qemu_img("check", path, ok=(0, 3))
+        assert flags(path)["b0"][0] or dirty(path, "b0") == [(0, 12288), (MiB, 12288)]
+        assert flags(path)["b0"][0] or left > 1
+        if not failed:
+            return
+    pytest.fail("it never succeeded")
 
 
 def test_bitmaps_that_qemu_made_and_wrote_are_read(tmp_path: Path) -> None:

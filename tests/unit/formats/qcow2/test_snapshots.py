@@ -3,7 +3,7 @@
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import pytest
 
 from fleece.block.file import FileNode
 from fleece.block.memory import MemoryNode
-from fleece.errors import ImageCorrupt, ImageError, NotFound, UnsupportedFeature
-from fleece.formats.qcow2 import snapshots
+from fleece.errors import FleeceError, ImageCorrupt, ImageError, NotFound, UnsupportedFeature
+from fleece.formats.opening import open_node
+from fleece.formats.qcow2 import bitmaps, snapshots
+from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2.image import Qcow2Node
+from tests.support.fulldisk import FullDisk
 from tests.support.qcow2 import assert_clean, assert_same, make, opened, pread, qemu_img, qemu_io
 
 SIZE = 1_000_448
@@ -425,16 +428,32 @@ def test_one_l2_table_at_two_places_is_refused_before_anything_is_changed(tmp_pa
     assert path.read_bytes()[: len(data)] == data
 
 
-class FullDisk(FileNode):
-    """Fails every write from the ``left``-th on."""
+def test_overlap_checks_know_the_tables_of_snapshots(tmp_path: Path) -> None:
+    """formats.md §1.9."""
+    path = make(tmp_path / "disk.qcow2", SIZE, cluster_size=4096)
+    with opened(path) as node:
+        node.pwrite(memoryview(b"a" * 9000), 0)
+        one = snapshots.create(node, "one")
+        table, hit = node.header.snapshots_offset, node._meta.overlap.hit
+        assert hit(table, 1) == "snapshot table"
+        assert hit(one.l1_offset, 1) == "inactive L1 table"
+        node.pwrite(memoryview(b"b" * 9000), 0)
+        node.flush()
+        l2 = int.from_bytes(path.read_bytes()[one.l1_offset :][:8], "big") & c.OFFSET_MASK
+        assert hit(l2, 1) == "inactive L2 table"
+        snapshots.delete(node, "one")
+        assert [hit(at, 1) for at in (table, one.l1_offset, l2)] == [None] * 3
 
-    left = 1 << 30
 
-    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(28, "No space left on device")
-        super().pwrite(buf, offset, fua)
+def test_a_snapshot_opens_by_the_way_that_every_image_is_opened(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk.qcow2", SIZE)
+    with opened(path) as node:
+        node.pwrite(memoryview(b"a" * SIZE), 0)
+        snapshots.create(node, "one")
+        node.pwrite(memoryview(b"b" * SIZE), 0)
+    with_snapshot = open_node(str(path), read_only=True, snapshot="one")
+    assert pread(with_snapshot, SIZE, 0) == b"a" * SIZE
+    with_snapshot.close()
 
 
 @pytest.mark.parametrize("verb", ["create", "apply", "delete"])
@@ -471,3 +490,47 @@ def test_a_write_that_fails_anywhere_harms_neither_disk_nor_snapshots(
         if not failed:
             return
     pytest.fail("it never succeeded")
+
+
+def test_mutated_images_are_errors_of_one_line(tmp_path: Path) -> None:
+    rnd = random.Random(11)
+    seed = make(tmp_path / "seed.qcow2", SIZE, cluster_size=4096)
+    with opened(seed) as node:
+        bitmaps.add(node, "b0", granularity=512)
+        for name in ("one", "two"):
+            node.pwrite(memoryview(bytes(100_000)), 0)
+            snapshots.create(node, name)
+    good = seed.read_bytes()
+    places = [i for i in range(0, len(good), 8) if good[i : i + 8] != bytes(8)]
+    refused = 0
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(rnd.choice([1, 2, 4])):
+            data[rnd.choice(places) + rnd.randrange(8)] = rnd.choice([0, 1, 0x7F, 0x80, 0xFF])
+        refused += use(tmp_path / "mutant.qcow2", data)
+    assert refused > 10
+
+
+def use(path: Path, data: bytes | bytearray) -> bool:
+    """Everything that can be done with snapshots and bitmaps; whether something was refused."""
+    path.write_bytes(data)
+    verbs: list[Callable[[Any], object]] = [
+        lambda node: snapshots.create(node, "new"),
+        lambda node: snapshots.apply(node, "one"),
+        lambda node: snapshots.delete(node, "two"),
+        lambda node: list(bitmaps.find(node, "b0").dirty_extents()),
+        lambda node: node.pwrite(memoryview(b"x" * 3000), 10_000),
+        lambda node: bitmaps.remove(node, "b0"),
+    ]
+    problems: list[Exception] = []
+    try:
+        with opened(path) as node:
+            for verb in verbs:
+                try:
+                    verb(node)
+                except (FleeceError, OSError) as problem:
+                    problems.append(problem)
+    except (FleeceError, OSError) as problem:
+        problems.append(problem)
+    assert all("\n" not in str(problem) for problem in problems)
+    return bool(problems)

@@ -17,15 +17,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fleece import __version__
 from fleece import log as logs
 from fleece.block.graph import Disk
+from fleece.block.node import Filter, Node
 from fleece.config import Config, DiskConfig, ExportOptions
 from fleece.control import paths
-from fleece.control.events import Events
+from fleece.control.events import BLOCK_IMAGE_CORRUPTED, Events
 from fleece.control.server import ControlServer
 from fleece.errors import (
     AddressError,
@@ -34,6 +36,7 @@ from fleece.errors import (
     ConfigError,
     NotFound,
     TrackingError,
+    UsageError,
 )
 from fleece.formats import open_image, probe
 from fleece.snapshots.live import ServedDisk, timestamp
@@ -42,6 +45,7 @@ from fleece.snapshots.plan import Defaults
 from fleece.tracking.epochs import GRANULARITY
 from fleece.tracking.identity import Identity
 from fleece.tracking.store import DiskTracking
+from nbdwire.export import ExtentsFunction
 from nbdwire.server import Server
 from nbdwire.uri import NBDURI
 
@@ -144,7 +148,12 @@ class Appliance:
                 )
         tracking = self._open_tracking(config, image, directory) if config.tracking else None
         try:
-            node = open_image(str(image), config.format, read_only=config.read_only)
+            node = open_image(
+                str(image),
+                config.format,
+                read_only=config.read_only,
+                on_corrupt=partial(self._tell_corruption, config.name, str(image)),
+            )
         except BaseException:
             if tracking is not None:
                 tracking.close(clean=False)
@@ -154,6 +163,10 @@ class Appliance:
         served = ServedDisk(disk, image, fmt, identity, tracking)
         self.disks[config.name] = served
         self._stack.callback(_close_disk, served)
+
+    def _tell_corruption(self, disk: str, image: str, why: str) -> None:
+        data = {"device": disk, "node-name": image, "msg": why, "fatal": True}
+        self.events.emit(BLOCK_IMAGE_CORRUPTED, data)
 
     @staticmethod
     def _open_tracking(config: DiskConfig, image: Path, directory: Path) -> DiskTracking:
@@ -336,12 +349,13 @@ def run_export(options: ExportOptions) -> int:
     logs.setup("warning")
     stop = StopSignal()
     try:
-        node = open_image(options.image, options.format, read_only=options.read_only)
+        node = options.open()
         with ExitStack() as stack:
             stack.callback(node.close)
+            contexts = bitmap_contexts(node, options.bitmaps)
             server = Server(default=options.uri.export)
             stack.callback(server.stop)
-            server.add(options.uri.export, node)
+            server.add(options.uri.export, node, contexts=contexts)
             uri = listen(server, options.uri)
             if options.announce is not None:
                 options.announce(uri)
@@ -351,6 +365,20 @@ def run_export(options: ExportOptions) -> int:
         return 0
     finally:
         stop.close()
+
+
+def bitmap_contexts(node: Node, names: tuple[str, ...]) -> dict[str, ExtentsFunction]:
+    """The contexts that tell what persistent bitmaps of an image hold. `FleeceError` if none do."""
+    if not names:
+        return {}
+    from fleece.formats.qcow2 import bitmaps
+    from fleece.formats.qcow2.image import Qcow2Node
+
+    while isinstance(node, Filter):
+        node = node.next
+    if not isinstance(node, Qcow2Node):
+        raise UsageError(f"{node.name}: only qcow2 images have persistent bitmaps")
+    return {f"qemu:dirty-bitmap:{name}": bitmaps.find(node, name).extents for name in names}
 
 
 def _run_command(command: tuple[str, ...], uri: NBDURI, stop: StopSignal) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from fleece.block.node import Node as BlockNode
 from fleece.control import paths
 from fleece.errors import UsageError
 from fleece.log import LEVELS
@@ -77,16 +78,17 @@ class Config:
 class ExportOptions:
     """All that ``run_export`` needs to know: one image, one address, perhaps a command.
 
-    ``uri`` says where to listen and, as its export, under which name. ``command`` is run with
-    ``$uri``, ``$unixsocket`` and ``$exportname`` in its environment and its exit status is that of
-    ``run_export``; without one it serves until SIGINT or SIGTERM. ``announce`` is called once with
-    the URI (the port is the real one) as soon as clients can connect, and before the command runs.
+    ``open`` opens the image. ``bitmaps``: names of persistent bitmaps of it to offer, as
+    ``qemu:dirty-bitmap:NAME``. ``uri`` says where to listen and, as its export, under which name.
+    ``command`` is run with ``$uri``, ``$unixsocket`` and ``$exportname`` in its environment and
+    its exit status is that of ``run_export``; without one it serves until SIGINT or SIGTERM.
+    ``announce`` is called once with the URI (the port is the real one) as soon as clients can
+    connect, and before the command runs.
     """
 
-    image: str
+    open: Callable[[], BlockNode]
     uri: NBDURI
-    format: str | None = None
-    read_only: bool = False
+    bitmaps: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     announce: Callable[[NBDURI], None] | None = None
 

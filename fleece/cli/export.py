@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fleece.cli.arguments import add_json, checked
+from fleece.cli.image.common import add_source, open_source
 from fleece.cli.output import print_json
 from fleece.errors import UsageError
 
 if TYPE_CHECKING:
+    from fleece.block.node import Node
     from nbdwire.uri import NBDURI
 
 _EXAMPLE = """\
@@ -36,9 +38,20 @@ def configure(subparsers: Any) -> None:
     address.add_argument("--socket", metavar="PATH", help="listen at this unix socket")
     address.add_argument("--listen", metavar="HOST:PORT", help="listen at this address")
     parser.add_argument("--name", default="", help="the export's name (default: empty)")
-    parser.add_argument("-f", "--format", choices=("raw", "qcow2"), help="of IMAGE (default: look)")
     parser.add_argument("-r", "--read-only", action="store_true", help="refuse writes")
-    parser.add_argument("image", metavar="IMAGE", help="a file or block device")
+    parser.add_argument(
+        "-l", "--snapshot", metavar="NAME", help="an internal snapshot of IMAGE, or its id"
+    )
+    parser.add_argument(
+        "-B",
+        "--bitmap",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="offer this persistent bitmap as qemu:dirty-bitmap:NAME; may be repeated",
+    )
+    add_source(parser)
+    parser.add_argument("image", metavar="IMAGE", help="a file, a block device or an NBD URI")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -53,15 +66,19 @@ def run(args: argparse.Namespace) -> int:
         from fleece.appliance import run_export
 
         options = ExportOptions(
-            image=args.image,
+            open=lambda: _open(args),
             uri=uri,
-            format=args.format,
-            read_only=args.read_only,
+            bitmaps=tuple(args.bitmap),
             command=args.command or (),
             # With a command, standard output is the command's.
             announce=None if args.command else lambda real: _announce(real, args.json),
         )
         return int(run_export(options))
+
+
+def _open(args: argparse.Namespace) -> "Node":
+    writable = not (args.read_only or args.force_share or args.snapshot)
+    return open_source(args, args.image, args.format, writable=writable, snapshot=args.snapshot)
 
 
 @contextmanager

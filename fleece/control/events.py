@@ -11,11 +11,13 @@ from fleece.control import qmp
 SNAPSHOT_BROKEN: Final = "X_FLEECE_SNAPSHOT_BROKEN"
 LEASE_EXPIRED: Final = "X_FLEECE_LEASE_EXPIRED"
 SHUTDOWN: Final = "SHUTDOWN"
+BLOCK_IMAGE_CORRUPTED: Final = "BLOCK_IMAGE_CORRUPTED"
 
 MEMBERS: Final[Mapping[str, Mapping[str, type]]] = {
     SNAPSHOT_BROKEN: {"name": str, "disk": str, "error": str},
     LEASE_EXPIRED: {"name": str},
     SHUTDOWN: {"guest": bool, "reason": str},
+    BLOCK_IMAGE_CORRUPTED: {"device": str, "node-name": str, "msg": str, "fatal": bool},
 }
 """The members of each event's ``data``; ``query-qmp-schema`` tells them to clients."""
 

@@ -6,6 +6,7 @@ Importing this is cheap: the qcow2 driver, which needs numpy, is imported when a
 """
 
 import os
+from collections.abc import Callable
 
 from fleece.block.file import FileNode
 from fleece.block.node import Node
@@ -40,12 +41,14 @@ def open_image(
     *,
     read_only: bool = False,
     backing: str = "same-tree",
+    on_corrupt: Callable[[str], None] | None = None,
 ) -> Node:
     """The image ``path`` as a node, locked against other programs; close it in the end.
 
     ``fmt`` is one of `FORMATS`, or None to look (see `probe`). ``backing`` says which backing and
     data files named in an image are opened: ``"same-tree"`` (within the directory of the image),
     ``"any-local"`` or ``"none"``; never a device, a ``json:`` name or one with a protocol.
+    ``on_corrupt`` is told, once, why a qcow2 image was found to be corrupt and closed to writes.
     `NotFound`, `ImageInUse` or another `ImageError`.
     """
     if backing not in POLICIES:
@@ -54,4 +57,5 @@ def open_image(
         raise UnsupportedFeature(
             f"{os.fspath(path)}: format {fmt!r} is not supported; use {' or '.join(FORMATS)}"
         )
-    return open_path(path, fmt, read_only=read_only, policy=Policy.of([backing]))
+    policy = Policy.of([backing])
+    return open_path(path, fmt, read_only=read_only, policy=policy, on_corrupt=on_corrupt)

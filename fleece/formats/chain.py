@@ -60,13 +60,17 @@ class Policy:
         ``root`` is the directory of the image that was opened; both are None for an image that is
         no file. `ImageError` or `NotFound`.
         """
-        shown = f"{image}: its {what} {name!r}"
+        who = "the image" if image is None else image
+        shown = f"{who}: its {what} {name!r}"
         if self.nothing:
-            raise ImageError(f"{image}: it has a {what}, {name!r}, and these are not allowed")
+            raise ImageError(f"{who}: it has a {what}, {name!r}, and these are not allowed")
         if has_protocol(name):
             raise ImageError(f"{shown} is not a plain path; not opened")
         if image is None and not os.path.isabs(name):
-            raise ImageError(f"its {what} {name!r} is relative, and the image is no file; name it")
+            raise ImageError(
+                f"{shown} is relative, and the image is no file here; "
+                "name it with the options of the image"
+            )
         base = Path("/") if image is None else Path(os.path.realpath(image)).parent
         try:
             path = Path(os.path.realpath(base / name))

@@ -5,26 +5,26 @@ What is known to read as zeroes on both sides is not read; several threads read 
 rest. The place that is reported is the first sector of 512 bytes that differs.
 """
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, NamedTuple, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from fleece.block.node import Node
 from fleece.block.null import clear
-from fleece.formats.mapping import DATA, OFFSET, PRESENT, ZERO, Batch
-from fleece.units import GiB, MiB, align_down, align_up
+from fleece.units import GiB, KiB, align_down, align_up
+
+if TYPE_CHECKING:
+    from fleece.formats.mapping import Batch
 
 Told: TypeAlias = Callable[[int, int], object]
 """``told(done, total)``, in bytes."""
-Words: TypeAlias = NDArray[np.uint64]
+Buffer: TypeAlias = "ctypes.Array[ctypes.c_char]"
 
 _SECTOR: Final = 512
-_PIECE: Final = 1 * MiB
+_PIECE: Final = 512 * KiB
 _MOST_PIECES: Final = 256
 _WINDOW: Final = 1 * GiB
 _AHEAD: Final = 4  # batches that wait, for each thread
@@ -54,6 +54,10 @@ class Comparer:
         self._sizes = tuple(align_up(node.size, _SECTOR) for node in nodes)
         self._told = told
         self._local = threading.local()
+        self._zeroes_buffer: Buffer = ctypes.create_string_buffer(_PIECE)
+        # It compares where the bytes are, and without the GIL: 20 times as fast as memoryviews.
+        self._memcmp = ctypes.CDLL(None).memcmp
+        self._memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self._known: list[list[tuple[int, int, bool]]] = [[], []]
         self._threads = 8 if any(node.blocking for node in nodes) else 2
 
@@ -62,29 +66,35 @@ class Comparer:
         """Whether one disk is larger than the other: what it has more must be zeroes."""
         return self._sizes[0] != self._sizes[1]
 
-    def run(self) -> int | None:
-        """Where the first sector is that differs; None: nowhere. `CompareError`."""
+    @property
+    def common(self) -> int:
+        """Bytes that both disks have."""
+        return min(self._sizes)
+
+    def run(self, limit: int | None = None) -> int | None:
+        """Where the first sector below ``limit`` is that differs; None: nowhere. `CompareError`."""
+        stop = max(self._sizes) if limit is None else limit
         waiting: deque[Future[int | None]] = deque()
         pool = ThreadPoolExecutor(self._threads, "compare")
         try:
-            for batch in self._batches():
+            for batch in self._batches(stop):
                 waiting.append(pool.submit(self._compare, batch))
                 if len(waiting) >= self._threads * _AHEAD:
                     found = waiting.popleft().result()
                     if found is not None:
                         return found
-                self._told(batch[0].offset, max(self._sizes))
+                self._told(batch[0].offset, stop)
             found = next((f for w in waiting if (f := w.result()) is not None), None)
-            self._told(max(self._sizes), max(self._sizes))
+            self._told(stop, stop)
             return found
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batches(self) -> Iterator[list[Piece]]:
-        """Pieces, of 1 MiB together: small ones would cost more to hand over than to compare."""
+    def _batches(self, total: int) -> Iterator[list[Piece]]:
+        """Pieces, of 512 KiB together: small ones would cost more to hand over than to compare."""
         batch: list[Piece] = []
         bytes_in = 0
-        for piece in self._pieces(max(self._sizes)):
+        for piece in self._pieces(total):
             batch.append(piece)
             bytes_in += piece.length
             if bytes_in >= _PIECE or len(batch) >= _MOST_PIECES:
@@ -98,7 +108,7 @@ class Comparer:
         offset = 0
         while offset < total:
             (stop, zero), (other, zero_too) = self._zeroes(0, offset), self._zeroes(1, offset)
-            stop = min(stop, other)
+            stop = min(stop, other, total)
             if not (zero and zero_too):
                 side = 0 if zero else 1 if zero_too else None
                 for start in range(offset, stop, _PIECE):
@@ -130,44 +140,40 @@ class Comparer:
         return None
 
     def _difference(self, piece: Piece) -> int | None:
-        """How many bytes of the piece are equal before the first that is not; None: all."""
-        if piece.zero is not None:
-            words = self._read(1 - piece.zero, piece)
-            return _position(words) if words.any() else None
-        first, second = self._read(0, piece), self._read(1, piece)
-        return None if np.array_equal(first, second) else _position(first ^ second)
+        """How many bytes of the piece are equal before the first sector that is not."""
+        sides = [
+            self._zeroes_buffer if side == piece.zero else self._read(side, piece)
+            for side in range(2)
+        ]
+        if not self._memcmp(sides[0], sides[1], piece.length):
+            return None
+        first, second = (memoryview(buffer).cast("B") for buffer in sides)
+        places = range(0, piece.length, _SECTOR)
+        return next(at for at in places if first[at : at + _SECTOR] != second[at : at + _SECTOR])
 
-    def _read(self, side: int, piece: Piece) -> Words:
-        """The bytes as words, in a buffer of the thread; zeroes behind the end of the disk."""
-        node, (view, words) = self._nodes[side], self._buffer(side)
+    def _read(self, side: int, piece: Piece) -> Buffer:
+        """The bytes, in a buffer of the thread; zeroes behind the end of the disk."""
+        node, (buffer, view) = self._nodes[side], self._buffers()[side]
         there = max(0, min(piece.length, node.size - piece.offset))
-        whole = align_up(piece.length, 8)
         try:
             if there:
                 node.pread_into(view[:there], piece.offset)
         except OSError as error:
             what = f"error while reading offset {piece.offset} of"
             raise CompareError(4, what, node, error) from error
-        if there < whole:
-            clear(view[there:whole])
-        return words[: whole // 8]
+        if there < piece.length:
+            clear(view[there : piece.length])
+        return buffer
 
-    def _buffer(self, side: int) -> tuple[memoryview, Words]:
-        buffers: list[Any] | None = getattr(self._local, "buffers", None)
+    def _buffers(self) -> list[tuple[Buffer, memoryview]]:
+        buffers: list[tuple[Buffer, memoryview]] | None = getattr(self._local, "buffers", None)
         if buffers is None:
-            views = [memoryview(bytearray(_PIECE)) for _ in range(2)]
-            buffers = [(view, np.frombuffer(view, np.uint64)) for view in views]
-            self._local.buffers = buffers
-        view, words = buffers[side]
-        return view, words
+            pair = [ctypes.create_string_buffer(_PIECE) for _ in range(2)]
+            buffers = self._local.buffers = [(b, memoryview(b).cast("B")) for b in pair]
+        return buffers
 
 
-def _position(words: Words) -> int:
-    """The byte where the first word lies that is not zero."""
-    return int(np.flatnonzero(words)[0]) * 8
-
-
-def first_status_difference(first: Iterator[Batch], second: Iterator[Batch]) -> int | None:
+def first_status_difference(first: "Iterator[Batch]", second: "Iterator[Batch]") -> int | None:
     """Where two maps of equal disks begin to differ in what kind of data is there (``-s``)."""
     one, two = _kinds(first), _kinds(second)
     (stop, kind), (stop2, kind2) = next(one, _END), next(two, _END)
@@ -184,8 +190,10 @@ def first_status_difference(first: Iterator[Batch], second: Iterator[Batch]) -> 
 _END: Final = (1 << 64, -1)
 
 
-def _kinds(batches: Iterator[Batch]) -> Iterator[tuple[int, int]]:
+def _kinds(batches: "Iterator[Batch]") -> Iterator[tuple[int, int]]:
     """``(stop, kind)`` of each entry; the kind is without the depth."""
+    from fleece.formats.mapping import DATA, OFFSET, PRESENT, ZERO
+
     for batch in batches:
         stops = batch.starts + batch.lengths
         kinds = batch.codes & (DATA | ZERO | PRESENT | OFFSET)

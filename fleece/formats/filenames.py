@@ -89,18 +89,20 @@ def nbd_uri(options: Options) -> str:
 _FLAT: Final = ("path", "host", "port")
 
 
-_STRONG: Final = ("offset", "size", "backing", "data-file", "encrypt")
+_STRONG: Final = ("offset", "size", "backing", "data-file", "key-secret")
 """Options that say which disk it is; the others only say how it is used."""
 
 
 def filename(driver: str, options: Options) -> str:
     """A name that opens the node again: a path or URI if that is enough, else ``json:{...}``."""
-    strong = {key: options[key] for key in _STRONG if key in options}
+    strong: Options = {key: options[key] for key in _STRONG if key in options}
+    if secret := options.get("encrypt", {}).get("key-secret"):
+        strong["encrypt.key-secret"] = secret
     file = options.get("file", options)
     plain = protocol_name(file)
     if plain is not None and not strong:
         return plain
-    return "json:" + json.dumps({**strong, "driver": driver, "file": file})
+    return "json:" + json.dumps({**strong, "driver": driver, "file": {"driver": "file", **file}})
 
 
 def protocol_name(options: Options) -> str | None:

@@ -6,9 +6,9 @@ is trusted; what an image names goes through the policy of `fleece.formats.chain
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from fleece.block.detect_zeroes import DetectZeroes
 from fleece.block.discard import IgnoreDiscard
 from fleece.block.file import FileNode
 from fleece.block.node import Node
+from fleece.block.noflush import NoFlush
 from fleece.block.null import NullNode
 from fleece.block.options import Options
 from fleece.block.window import Window
@@ -38,7 +39,7 @@ class Asked:
 
     ``keys``: secrets by their id. ``share``: take no locks, for reading only. ``data_files``: open
     them with the images that have them. ``writable_backing``: backing files too are opened for
-    writing (``commit``).
+    writing (``commit``). ``on_corrupt``: see `Qcow2Options`.
     """
 
     policy: Policy = SAME_TREE_POLICY
@@ -46,6 +47,7 @@ class Asked:
     share: bool = False
     data_files: bool = True
     writable_backing: bool = False
+    on_corrupt: Callable[[str], None] | None = None
 
 
 @dataclass
@@ -118,13 +120,18 @@ def open_node(
 
 
 def open_path(
-    path: str | os.PathLike[str], fmt: str | None, *, read_only: bool, policy: Policy
+    path: str | os.PathLike[str],
+    fmt: str | None,
+    *,
+    read_only: bool,
+    policy: Policy,
+    on_corrupt: Callable[[str], None] | None = None,
 ) -> Node:
     """As `open_node`, of a path that is never taken for a protocol."""
     options: Options = {"file": {"driver": "file", "filename": os.fspath(path)}}
     if fmt is not None:
         options["driver"] = fmt
-    with Opener(Asked(policy)) as opener:
+    with Opener(Asked(policy, on_corrupt=on_corrupt)) as opener:
         node = opener.open(options, read_only)
         opener.keep()
         return node
@@ -297,6 +304,8 @@ class Opener:
         """The filters that the common options ask for."""
         if options.get("discard") in ("ignore", "off") and options.get("driver") != "qcow2":
             node = self._owned(IgnoreDiscard(node, owns=True))
+        if options.get("cache", {}).get("no-flush") and options.get("driver") in drivers.PROTOCOLS:
+            node = self._owned(NoFlush(node))
         mode = options.get("detect-zeroes", "off")
         if mode != "off":
             node = self._owned(DetectZeroes(node, mode, owns=True))
@@ -372,7 +381,7 @@ class Opener:
             read_only=layer.read_only,
             name=layer.options.get("node-name", layer.name),
             header=layer.header,
-            options=qcow2_options(layer.options),
+            options=replace(qcow2_options(layer.options), on_corrupt=self._asked.on_corrupt),
         )
 
     def _decrypted(self, layer: Layer) -> Node | None:

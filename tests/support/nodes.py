@@ -127,6 +127,26 @@ def _remote_nbdkit(directory: Path, size: int, read_only: bool) -> Iterator[Any]
         yield node
 
 
+@node_case("window")
+def _window(directory: Path, size: int, read_only: bool) -> Iterator[Any]:
+    from fleece.block.file import FileNode
+    from fleece.block.window import Window
+
+    file = FileNode(make_file(directory, size + 8192), read_only=read_only)
+    with closing(Window(file, 4096, size)) as node:
+        yield node
+
+
+@node_case("detect-zeroes")
+def _detect_zeroes(directory: Path, size: int, read_only: bool) -> Iterator[Any]:
+    from fleece.block.detect_zeroes import DetectZeroes
+    from fleece.block.file import FileNode
+
+    file = FileNode(make_file(directory, size), read_only=read_only)
+    with closing(DetectZeroes(file, "unmap", owns=True)) as node:
+        yield node
+
+
 def open_qcow2(
     path: Path, size: int, read_only: bool, **options: Any
 ) -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "amend": ("fleece.cli.image.amend", "change the options of an image"),
     "snapshot": ("fleece.cli.image.snapshot", "internal snapshots of an image"),
     "bitmap": ("fleece.cli.image.bitmap", "persistent dirty bitmaps of an image"),
+    "convert": ("fleece.cli.image.convert", "copy disks into another image"),
     "compare": ("fleece.cli.image.compare", "whether two images hold the same disk"),
 }
 """Name of the command -> its module, and its line in ``fleece image --help``."""
@@ -61,6 +62,13 @@ class LazyCommands(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 class ImageParser(Parser):
     """Status 1 for a wrong command line, as ``qemu-img`` has it: 2 means something else there."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """What is not known is told here: the top parser would end with another status."""
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> Any:
         """Raise UsageError, with the exit status 1."""

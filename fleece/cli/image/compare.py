@@ -3,13 +3,15 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleece.cli.image import common
 from fleece.cli.output import print_json, printable
+from fleece.errors import FleeceError
 
 if TYPE_CHECKING:
     from fleece.block.node import Node
+    from fleece.formats.comparing import Comparer
 
 _OPENING_FAILED = 2
 _STATUS_FAILED = 3
@@ -56,35 +58,57 @@ def _open(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace, first: "Node", second: "Node") -> int:
     from fleece.formats.comparing import CompareError, Comparer
 
-    with common.progress(args) as progress:
-        comparer = Comparer((first, second), progress)
-        try:
-            if args.strict:
-                status = _strict(args, comparer.sizes_differ)
-                if status:
-                    return status
-            elif comparer.sizes_differ:
-                _say(args, "Warning: Image size mismatch!")
-            found = comparer.run()
-        except CompareError as error:
-            print(f"fleece: {printable(str(error))}", file=sys.stderr)
-            return error.status
+    try:
+        with common.progress(args) as progress:
+            comparer = Comparer((first, second), progress)
+            if args.strict and comparer.sizes_differ:
+                outcome = _Outcome("Strict mode: Image size mismatch!", reason="size")
+            else:
+                outcome = _look(args, comparer)
+    except CompareError as error:
+        print(f"fleece: {printable(str(error))}", file=sys.stderr)
+        return error.status
+    except _CannotTell as error:
+        return common.run_as_qemu(args, error.again, _STATUS_FAILED)
+    _print(args, outcome)
+    return 0 if outcome.reason is None else 1
+
+
+class _Outcome(NamedTuple):
+    """What is printed; ``reason`` is None if the two are the same."""
+
+    text: str
+    reason: str | None = None
+    offset: int | None = None
+    warn: bool = False
+
+
+class _CannotTell(Exception):
+    """The allocation cannot be found out."""
+
+    def __init__(self, error: FleeceError | OSError) -> None:
+        super().__init__(str(error))
+        self._error = error
+
+    def again(self, _: argparse.Namespace) -> int:
+        """Raise what happened."""
+        raise self._error
+
+
+def _look(args: argparse.Namespace, comparer: "Comparer") -> _Outcome:
+    """With ``-s`` contents count as far as the allocation is the same."""
+    differs = _allocation_differs(args) if args.strict else None
+    found = comparer.run(differs)
     if found is not None:
-        _say(args, f"Content mismatch at offset {found}!", identical=False, offset=found)
-        return 1
-    _say(args, "Images are identical.", identical=True)
-    return 0
+        warn = comparer.sizes_differ and found >= comparer.common
+        return _Outcome(f"Content mismatch at offset {found}!", "content", found, warn)
+    if differs is not None:
+        text = f"Strict mode: Offset {differs} block status mismatch!"
+        return _Outcome(text, "allocation", differs)
+    return _Outcome("Images are identical.", warn=comparer.sizes_differ)
 
 
-def _strict(args: argparse.Namespace, sizes_differ: bool) -> int:
-    """What ``-s`` demands beside equal contents; 0 if it is so."""
-    if sizes_differ:
-        _say(args, "Strict mode: Image size mismatch!", identical=False, reason="size")
-        return 1
-    return common.run_as_qemu(args, _same_allocation, _STATUS_FAILED)
-
-
-def _same_allocation(args: argparse.Namespace) -> int:
+def _allocation_differs(args: argparse.Namespace) -> int | None:
     from fleece.formats.comparing import first_status_difference
     from fleece.formats.mapping import disk_size, walk
     from fleece.formats.opening import Asked, Opener
@@ -92,21 +116,22 @@ def _same_allocation(args: argparse.Namespace) -> int:
     asked = Asked(common.policy(args), common.secrets(args), args.force_share)
     source, fmt = common.source_of(args, args.filename, args.format)
     other, other_fmt = common.source_of(args, args.second, args.second_format)
-    with Opener(asked) as one, Opener(asked) as two:
-        first, second = one.chain(source, fmt), two.chain(other, other_fmt)
-        found = first_status_difference(
-            walk(first, 0, disk_size(first)), walk(second, 0, disk_size(second))
-        )
-    if found is None:
-        return 0
-    text = f"Strict mode: Offset {found} block status mismatch!"
-    _say(args, text, identical=False, offset=found, reason="allocation")
-    return 1
+    try:
+        with Opener(asked) as one, Opener(asked) as two:
+            first, second = one.chain(source, fmt), two.chain(other, other_fmt)
+            return first_status_difference(
+                walk(first, 0, disk_size(first)), walk(second, 0, disk_size(second))
+            )
+    except (FleeceError, OSError) as error:
+        raise _CannotTell(error) from error
 
 
-def _say(args: argparse.Namespace, text: str, **members: Any) -> None:
+def _print(args: argparse.Namespace, outcome: _Outcome) -> None:
     if args.json:
-        if members:
-            print_json({"message": text, **members})
+        members = {"reason": outcome.reason, "offset": outcome.offset}
+        identical = outcome.reason is None
+        print_json({"identical": identical, "message": outcome.text, **members})
     elif not args.quiet:
-        print(text)
+        if outcome.warn:
+            print("Warning: Image size mismatch!")
+        print(outcome.text)

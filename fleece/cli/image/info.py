@@ -113,7 +113,13 @@ def snapshot_line(snapshot: dict[str, Any]) -> str:
     icount = str(snapshot.get("icount", ""))
     name, identity = printable(snapshot["name"]), printable(snapshot["id"])
     size = human_size(snapshot["vm-state-size"])
-    return f"{identity:<9} {name:<16} {size:>8} {moment:>19} {clock:>12} {icount:>10}"
+    left = f"{_padded(identity, 9)} {_padded(name, 16)}"
+    return f"{left} {size:>8} {moment:>19} {clock:>12} {icount:>10}"
+
+
+def _padded(text: str, width: int) -> str:
+    """QEMU counts bytes, not characters."""
+    return text + " " * (width - len(text.encode("utf-8", "surrogateescape")))
 
 
 def human_size(count: int) -> str:

@@ -98,14 +98,18 @@ class Qcow2Node(Qcow2Zeroer):
         packed = compressed.pack(view, self.header.compression_type, self._bits)
         if packed is None:
             return False
-        self._change(offset, len(view))
+        self.write_packed(packed, offset)
+        return True
+
+    def write_packed(self, packed: bytes, offset: int) -> None:
+        """The cluster at ``offset``, as `fleece.formats.qcow2.compressed.pack` made it. OSError."""
+        self._change(offset, min(self._mask + 1, self.size - offset))
         cluster = offset >> self._bits
         with self._ranges.exclusive(cluster, cluster + 1):
             self._own_tables(cluster, cluster + 1)
             self._write_packed(cluster, packed)
         if self._meta.crowded:
             self.flush()
-        return True
 
     def _write_packed(self, cluster: int, packed: bytes) -> None:
         with self._lock:

@@ -91,17 +91,9 @@ class Qcow2Reader(Node):
         if where >= 0:
             self.data.pread_into(buf, where)
             return
-        parts = self._parts(offset, len(buf))
-        if len(parts) > 1:
-            self._unpack_ahead(parts[1:])
-        for part in parts:
+        for part in self._parts(offset, len(buf)):
             at = part[2] - offset
             self._read_part(part, buf[at : at + part[3]])
-
-    def _unpack_ahead(self, parts: list[Part]) -> None:
-        for kind, where, _, _ in parts:
-            if kind == c.PACKED:
-                self._unpacked.prefetch(where)
 
     def pread_cached(self, buf: memoryview, offset: int) -> bool:
         """As `pread_into`, or False if data has to be waited for (the tables may have to be)."""
@@ -130,8 +122,6 @@ class Qcow2Reader(Node):
             elif kind in c.KINDS_UNALLOCATED and (n := self._in_backing(start, count)):
                 assert self.backing is not None
                 self.backing.prefetch(start, n)
-            elif kind == c.PACKED:
-                self._unpacked.prefetch(where)
 
     def _place(self, offset: int, length: int) -> int:
         """Where in the file a range lies that is inside one cluster with data; else -1."""
@@ -304,7 +294,6 @@ class Qcow2Reader(Node):
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        self._unpacked.close()
         if self.data is not self.file:
             self.data.close()
         self.file.close()

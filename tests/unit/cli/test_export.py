@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,21 @@ import pytest
 from tests.unit.cli.conftest import Run
 
 
-def test_options_reach_the_export(run: Run, appliance: Any) -> None:
-    result = run("export", "--socket", "/n", "--name", "x y", "-f", "raw", "-r", "a.img")
+@pytest.mark.parametrize("read_only", [True, False])
+def test_options_reach_the_export(
+    run: Run, appliance: Any, tmp_path: Path, read_only: bool
+) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(b"QFI\xfb".ljust(4096))  # raw, because the user says so
+    mode = ["-r"] if read_only else []
+    words = ["--name", "x y", "-f", "raw", *mode, "-B", "one", "-B", "two", str(image)]
+    result = run("export", "--socket", "/n", *words)
     assert result.status == 18
     (options,) = appliance.given
-    assert (options.image, options.format, options.read_only) == ("a.img", "raw", True)
+    node = options.open()
+    assert (node.size, node.read_only) == (4096, read_only)
+    node.close()
+    assert options.bitmaps == ("one", "two")
     assert (options.uri.socket, options.uri.export) == ("/n", "x y")
     assert options.command == ()
     assert result.out == "nbd+unix:///x%20y?socket=/n\n"
@@ -51,7 +62,6 @@ def test_a_command_gets_a_private_socket_that_is_gone_afterwards(
     assert (result.status, result.out) == (5, "")
     (options,) = appliance.given
     assert options.command == ("sh", "-c", "exit 5", "--json", "--", "-r")
-    assert not options.read_only
     assert options.announce is None
     assert modes == [0o700]
     assert not os.path.exists(os.path.dirname(options.uri.socket))

@@ -12,6 +12,7 @@ import pytest
 from fleece import __version__
 from fleece.cli import main as main_module
 from fleece.cli import status
+from fleece.cli.image import LazyCommands
 from fleece.cli.main import build_parser
 from tests.support.control import FakeService, serving
 from tests.unit.cli.conftest import Run
@@ -33,6 +34,8 @@ def command(*words: str, **more: Any) -> "subprocess.Popen[str]":
 def parsers(parser: Any) -> Iterator[Any]:
     yield parser
     for action in parser._actions:
+        if isinstance(action, LazyCommands):
+            action.load_all()
         for child in getattr(action, "choices", None) or ():
             if isinstance(action.choices, dict):
                 yield from parsers(action.choices[child])

@@ -52,12 +52,10 @@ def of_layer(layer: Layer) -> Info:
     if actual is not None:
         info["actual-size"] = actual
     header = layer.header
-    if layer.driver == "luks":
-        return info | _plain_luks(layer)
     if header is None:
         if isinstance(layer.node, FileNode):
             info["dirty-flag"] = False
-        return info
+        return info | _plain_luks(layer) if layer.driver == "luks" else info
     info["dirty-flag"] = header.dirty
     if header.crypt_method:
         info["encrypted"] = True

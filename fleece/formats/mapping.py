@@ -14,8 +14,8 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fleece.block.file import FileNode
 from fleece.block.node import Node
+from fleece.block.window import Window
 from fleece.errors import ImageError
 from fleece.formats.info import actual_size
 from fleece.formats.opening import Layer
@@ -158,18 +158,32 @@ def _source(layer: Layer) -> _Source:
         if layer.header.extended_l2:
             return _Subclusters(layer, layer.header)
         return _Clusters(layer, layer.header)
-    return _Raw(layer)
+    return _Encrypted(layer) if layer.driver == "luks" else _Raw(layer)
+
+
+class _Encrypted:
+    """A LUKS file: data all over, and none of it lies anywhere as it is."""
+
+    def __init__(self, layer: Layer) -> None:
+        from fleece.formats.qcow2 import luks
+
+        header = luks.read_header(layer.node, 0, layer.node.size, layer.name)
+        self.size = align_up(layer.node.size - header.length, _SECTOR)
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """One entry."""
+        codes = np.array([DATA | PRESENT], np.uint16)
+        return Batch(np.array([start], np.int64), codes, np.zeros(1, np.int64), stop)
 
 
 class _Raw:
     """A raw image: data and holes of its file, or what an NBD server says."""
 
     def __init__(self, layer: Layer) -> None:
-        self._node = layer.node
         self._base = layer.options.get("offset", 0) if layer.driver == "raw" else 0
-        size = layer.options.get("size", layer.node.size - self._base)
-        self.size = align_up(size if layer.driver == "raw" else layer.node.size, _SECTOR)
-        self._has_file = layer.driver != "null-co" and isinstance(layer.node, FileNode)
+        window = layer.options.get("size") if layer.driver == "raw" else None
+        self._node = layer.node
+        self.size = align_up(Window(layer.node, self._base, window).size, _SECTOR)
         self._known: Batch | None = None
 
     def batch(self, start: int, stop: int) -> Batch:

@@ -285,6 +285,20 @@ def _encrypted(method: str) -> Maker:
 _MAKERS["luks"] = _encrypted("luks")
 _MAKERS["aes"] = _encrypted("aes")
 
+
+@_maker("luks-file")
+def _luks_file(directory: Path) -> Image:
+    path = directory / "image.luks"
+    for _ in range(5):
+        words = ["create", "-q", "-f", "luks", *OBJECT, "-o", "key-secret=sec0,iter-time=10"]
+        if subprocess.run([require("qemu-img"), *words, path, "1M"]).returncode == 0:
+            break
+    source = f"driver=luks,key-secret=sec0,file.filename={path}"
+    command = [require("qemu-io"), *OBJECT, "-c", "write -P 1 1000 70000", "--image-opts", source]
+    subprocess.run(command, check=True, capture_output=True)
+    return Image("", path, source, "luks", options=True)
+
+
 NAMES: tuple[str, ...] = tuple(_MAKERS)
 
 

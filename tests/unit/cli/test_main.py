@@ -47,7 +47,7 @@ def test_every_command_has_an_example_in_its_help_that_it_understands() -> None:
         text = parser.format_help()
         assert "\nexample:\n  fleece " in text, parser.prog
         assert all(len(line) <= 90 for line in text.splitlines()), text
-        for line in text.partition("example:\n")[2].splitlines():
+        for line in text.partition("example:\n")[2].replace("\\\n", " ").splitlines():
             words = line.split()[1:]
             build_parser().parse_args(words[: words.index("--")] if "--" in words else words)
             examples += 1

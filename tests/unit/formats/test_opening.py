@@ -55,13 +55,13 @@ def opened(source: Any, fmt: str | None = None, **how: Any) -> Iterator[Any]:
 def refuse(
     kind: type[FleeceError], text: str, source: Any, fmt: str | None = None, **how: Any
 ) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(kind, match=text) as caught, opened(source, fmt, **how):
         pass
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     # A server of ours, in this process, needs a moment to see that its client is gone.
-    wait_until(lambda: sorted(os.listdir("/proc/self/fd")) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.fixture

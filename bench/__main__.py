@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import certificates, live, matrix, report
+from bench import certificates, commands, images, live, matrix, qcow2, report
 from bench.results import Row
 from bench.servers import NBDKIT, OURS, QEMU_NBD, STORAGE_DAEMON, versions
 from bench.tools import BenchFailed, find, need, say
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MiB = 1 << 20
 SMALL = 256  # MiB, of an image from which only the page cache is read
 
-C = TypeVar("C", bound=matrix.AnyCase)
+C = TypeVar("C", bound=matrix.AnyCase | qcow2.ImageCase | commands.Command)
 
 # Title and a word on what ran, by the beginning of a row's name.
 TITLES = {
@@ -51,6 +51,21 @@ TITLES = {
         "Connections",
         "One client after another, 200 of them: it connects, lists the exports, leaves. CPU time "
         "is for a thousand million of them.\n",
+    ),
+    "image-": (
+        "Images",
+        f"qcow2 images of {qcow2.SIZE >> 20} MiB (compressed: {qcow2.PACKED_SIZE >> 20} MiB of the "
+        "files of /usr/lib), clusters of 64 KiB; `fleece export` and `qemu-nbd` serve the same "
+        "file, in turns. `plain`: all clusters are there, so writes go in place; `new`: writes "
+        "into an empty image; `chain`: two layers, each of which has half of what is read; `top` "
+        "and `subclusters`: writes into an empty image above a full one, in the second case with "
+        "extended L2 entries.\n",
+    ),
+    "command-": (
+        "Images: commands",
+        "`fleece image` and `qemu-img`, start of the program included; half of the disk is holes, "
+        "the other half files of /usr/lib. `large`: {large}; a quarter of the clusters is out of "
+        "order.\n",
     ),
 }
 
@@ -124,14 +139,35 @@ def measure_matrix(
     yield run_rows(scenario, chosen, options.repeat)
 
 
+def measure_images(options: argparse.Namespace, directory: Path) -> Iterator[list[Row]]:
+    """The tables of qcow2 images: served, and under the commands."""
+    served, run = chosen_cases(options, qcow2.cases()), chosen_cases(options, commands.cases())
+    if served:
+        names = servers(options, {QEMU_NBD: "qemu-nbd"})
+        scenario = qcow2.Qcow2Images(names, directory, options.runtime)
+        yield run_rows(scenario, served, options.repeat)
+    if run:
+        names = servers(options, {commands.QEMU_IMG: commands.QEMU_IMG})
+        size = options.size * MiB
+        yield run_rows(
+            commands.Commands(names, directory, size, large(options)), run, options.repeat
+        )
+
+
+def large(options: argparse.Namespace) -> images.Layout:
+    """The image with many clusters: 1 TiB, and less of it with --quick."""
+    return images.SMALLER if options.quick else images.LARGE
+
+
 def measure(options: argparse.Namespace, directory: Path) -> list[list[Row]]:
-    """The rows of both scenarios, without those that nothing was asked of."""
+    """The rows of all scenarios, without those that nothing was asked of."""
     size = options.size * MiB
     tables = [
         *measure_matrix(options, directory, size, matrix.cases()),
         *measure_matrix(options, directory, SMALL * MiB, matrix.tls_cases(), tls=True),
         *measure_matrix(options, directory, SMALL * MiB, matrix.form_cases()),
         *measure_matrix(options, directory, SMALL * MiB, matrix.connect_cases()),
+        *measure_images(options, directory),
     ]
     if under_snapshot := chosen_live(options):
         names = servers(options, {STORAGE_DAEMON: "qemu-storage-daemon"})
@@ -154,8 +190,11 @@ def text_of(tables: Sequence[Sequence[Row]], directory: Path, options: argparse.
     for rows in tables:
         kind = next((start for start in TITLES if rows[0].name.startswith(start)), "")
         title, what = TITLES.get(kind, ("One raw image, exported", plain))
-        parts += [f"## {title}\n", what]
-        parts += [report.summary(rows), report.table(rows)]
+        parts += [f"## {title}\n", what.format(large=large(options))]
+        if kind == "command-":
+            parts.append(report.commands(rows))
+        else:
+            parts += [report.summary(rows), report.table(rows)]
     return "\n".join(parts)
 
 

@@ -33,7 +33,9 @@ def make_source(path: Path, mebibytes: int) -> None:
                 piece = noise if (at + step) % 4 < 2 else text
                 number = (at + step).to_bytes(8, "big")
                 file.seek((at + step) << 20)
-                file.write(b"".join(number + piece[i + 8 : i + 4096] for i in range(0, 1 << 20, 4096)))
+                file.write(
+                    b"".join(number + piece[i + 8 : i + 4096] for i in range(0, 1 << 20, 4096))
+                )
             at += length
 
 

@@ -1,32 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``check`` and ``map`` of a large image against qemu-img: time and memory, in ratios.
+"""Images for the benchmarks: one with very many clusters, and one with data as disks have it.
 
-``python bench/images.py [--size-gib 1024] [--clusters 10000000] [--dir DIR] [--keep]``
-
-The image has its tables and counts and no data: the clusters are holes of a sparse file, so a disk
-of 1 TiB with 10 million clusters of 64 KiB takes about 110 MB here. A quarter of them lies out of
-order, as in a disk that has been written for a while.
+The large one has its tables and counts and no data: the clusters are holes of a sparse file, so a
+disk of 1 TiB with 10 million clusters of 64 KiB takes about 110 MB here. A quarter of them lies out
+of order, as in a disk that has been written for a while.
 """
 
-import argparse
 import multiprocessing
 import os
-import resource
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.tools import need
+from bench.tools import BenchFailed
 
 BITS = 16
 SIZE = 1 << BITS
+MiB = 1 << 20
 PER_TABLE = SIZE // 8
 PER_BLOCK = SIZE // 2
 COPIED = 1 << 63
@@ -38,6 +29,9 @@ class Layout:
 
     virtual: int
     clusters: int
+
+    def __str__(self) -> str:
+        return f"{self.virtual >> 30} GiB with {self.clusters:,} clusters, the data being holes"
 
     @property
     def l1_entries(self) -> int:
@@ -73,9 +67,21 @@ class Layout:
         return count
 
 
-def make(path: Path, layout: Layout) -> None:
-    """The image."""
-    import numpy as np  # here, so that the process which measures stays small
+LARGE = Layout(1 << 40, 10_000_000)
+SMALLER = Layout(64 << 30, 600_000)
+
+
+def make_large(path: Path, layout: Layout) -> None:
+    """The image with many clusters. By a process of its own, so that this one stays small."""
+    maker = multiprocessing.get_context("spawn").Process(target=_make_large, args=(path, layout))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise BenchFailed(f"{path} could not be made")
+
+
+def _make_large(path: Path, layout: Layout) -> None:
+    import numpy as np
 
     everywhere = layout.l1_entries * PER_TABLE
     rng = np.random.default_rng(7)
@@ -118,70 +124,38 @@ def _write_counts(fd: int, layout: Layout) -> None:
     os.pwrite(fd, struct.pack(f">{len(places)}Q", *places), SIZE)
 
 
-def measure(command: list[str], runs: int) -> tuple[float, float]:
-    """The least seconds, and the peak MiB, of a program that must succeed."""
-    seconds, memory = float("inf"), 0.0
-    for _ in range(runs):
-        begin = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = min(seconds, time.perf_counter() - begin)
-        memory = max(memory, usage.ru_maxrss / 1024)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    return seconds, memory
+def make_real(path: Path, size: int) -> None:
+    """``size`` bytes of the files of /usr/lib: programs, libraries and texts; no random bytes."""
+    left = size
+    with path.open("wb") as file:
+        while left:
+            before = left
+            for data in _installed():
+                file.write(data[:left])
+                left -= len(data[:left])
+                if not left:
+                    return
+            if left == before:
+                raise BenchFailed("there is nothing to read in /usr/lib")
 
 
-def compare(name: str, ours: list[str], theirs: list[str], runs: int) -> None:
-    """Print one row."""
-    fast, lean = measure(ours, runs)
-    slow, fat = measure(theirs, runs)
-    print(
-        f"{name:12} fleece {fast:6.2f} s {lean:6.0f} MiB   qemu-img {slow:6.2f} s {fat:6.0f} MiB"
-        f"   time x{fast / slow:.2f}  memory x{lean / fat:.2f}"
-    )
+def _installed() -> Iterator[bytes]:
+    """What is in the files, in the order of their names; each begins in a new block of 4 KiB."""
+    for directory, folders, names in os.walk("/usr/lib"):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(directory, name)
+            if path.is_file() and not path.is_symlink():
+                data = path.read_bytes()
+                yield data + bytes(-len(data) % 4096)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--size-gib", type=int, default=1024)
-    parser.add_argument("--clusters", type=int, default=10_000_000)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", default="", help="rows that begin so")
-    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"))
-    parser.add_argument("--keep", action="store_true", help="do not delete the image")
-    options = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="fleece-images-", dir=options.dir))
-    path = directory / "large.qcow2"
-    try:
-        # In a process of its own: the peak of a child is never below that of who started it.
-        maker = multiprocessing.get_context("spawn").Process(
-            target=make, args=(path, Layout(options.size_gib << 30, options.clusters))
-        )
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit("the image could not be made")
-        fleece = [sys.executable, "-m", "fleece", "image"]
-        qemu = need("qemu-img")
-        for name, words in (
-            ("check", ["check", "-f", "qcow2", str(path)]),
-            ("map", ["map", "-f", "qcow2", "--output=json", str(path)]),
-            ("map, text", ["map", "-f", "qcow2", str(path)]),
-        ):
-            if name.startswith(options.only):
-                compare(name, [*fleece, *words], [qemu, *words], options.runs)
-    finally:
-        if options.keep:
-            print(path)
-        else:
-            shutil.rmtree(directory)
-
-
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    main()
+def make_holed(path: Path, real: Path) -> None:
+    """As large as ``real``; every second stretch of 4 MiB is its data, the others are holes."""
+    with real.open("rb") as source, path.open("wb") as file:
+        size = real.stat().st_size
+        file.truncate(size)
+        for start in range(0, size, 8 * MiB):
+            source.seek(start)
+            file.seek(start)
+            file.write(source.read(4 * MiB))

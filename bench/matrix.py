@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from bench import lean
+from bench import commands, lean, qcow2
 from bench.fio import Job, Result, perform
 from bench.results import Row, Sample
 from bench.servers import Server
@@ -42,6 +42,14 @@ QUICK = (
     "form-structured-read-4k-d32",
     "form-extended-read-4k-d32",
     "connect-list-leave",
+    "image-plain-randread-4k-d32",
+    "image-plain-read-256k-d8",
+    "image-new-write-64k-d8",
+    "image-deflate-read-64k-d8",
+    "image-chain-read-256k-d8",
+    "command-convert-raw-qcow2",
+    "command-compare-raw-qcow2",
+    "command-check-large",
 )
 
 
@@ -142,9 +150,10 @@ def connect_cases() -> list[ConnectCase]:
 
 
 def names() -> list[str]:
-    """Of every row of every table that `Matrix` can run."""
+    """Of every row, without those of live writes."""
     every = (*cases(), *tls_cases(), *form_cases(), *connect_cases())
-    return [case.name for case in every]
+    images = (*qcow2.cases(), *commands.cases())
+    return [case.name for case in (*every, *images)]
 
 
 class Matrix:

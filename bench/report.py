@@ -30,7 +30,7 @@ def _cells(row: Row, servers: Sequence[str], peers: Sequence[str]) -> list[str]:
     ratios = [_ratio(row.ratio(peer)) for peer in peers]
     figures = [absolute(row, server) for server in servers]
     # Latency says something of the server only while nothing queues.
-    p99 = [_ratio(_latency_ratio(row)) if "-d1-" in row.name else ""]
+    p99 = [_ratio(_latency_ratio(row)) if "-d1-" in f"{row.name}-" and row.has_latency else ""]
     best = _ratio(row.ratio_to_best())
     cells = [row.name, best if best == "-" else f"**{best}**"]
     return cells + ratios + figures + p99 + [_ratio(row.cpu_ratio())]
@@ -52,6 +52,22 @@ def table(rows: Sequence[Row]) -> str:
     return _markdown(head, [_cells(row, servers, peers) for row in rows])
 
 
+def commands(rows: Sequence[Row]) -> str:
+    """Markdown for rows of commands: how much faster, how much memory, and the figures."""
+    programs, peers = list(rows[0].samples), rows[0].peers
+    head = ["case", *(f"speed / {peer}" for peer in peers), *(f"memory / {peer}" for peer in peers)]
+    head += [f"{program} {unit}" for unit in ("s", "MiB") for program in programs]
+    return _markdown(head, [_command_cells(row, programs, peers) for row in rows])
+
+
+def _command_cells(row: Row, programs: Sequence[str], peers: Sequence[str]) -> list[str]:
+    speeds = [_ratio(row.ratio(peer)) for peer in peers]
+    cells = [row.name, *(f"**{ratio}**" if ratio != "-" else ratio for ratio in speeds)]
+    cells += [_ratio(row.memory_ratio(peer)) for peer in peers]
+    cells += [f"{row.seconds(program):.2f}" for program in programs]
+    return cells + [f"{row.peak_memory(program) / MiB:.0f}" for program in programs]
+
+
 def summary(rows: Sequence[Row]) -> str:
     """How we stand over all rows: geometric means, rows ahead, CPU time, memory."""
     lines = []
@@ -66,7 +82,7 @@ def summary(rows: Sequence[Row]) -> str:
         )
     for server in rows[0].samples:
         cpu = geometric_mean(row.cpu_per_gib(server) or math.nan for row in rows)
-        peak = max(s.peak_memory for row in rows for s in row.samples[server])
+        peak = max(row.peak_memory(server) for row in rows)
         lines.append(
             f"- {server}: {cpu:.2f} CPU seconds per GiB (geometric mean), "
             f"peak memory {peak / MiB:.0f} MiB"

@@ -51,6 +51,25 @@ class Row:
         """Median operations in a second."""
         return median(s.result.operations_per_second for s in self.samples[server])
 
+    def seconds(self, server: str) -> float:
+        """Median time of an operation, where one comes after the other."""
+        return median(1 / s.result.operations_per_second for s in self.samples[server])
+
+    def peak_memory(self, server: str) -> int:
+        """Most bytes of all runs."""
+        return max(s.peak_memory for s in self.samples[server])
+
+    def memory_ratio(self, peer: str) -> float:
+        """Our peak of memory over that of ``peer``; above 1 is worse. nan if we did not run."""
+        if OURS not in self.samples:
+            return math.nan
+        return self.peak_memory(OURS) / self.peak_memory(peer)
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether the client told percentiles."""
+        return all(self.p99(server) > 0 for server in self.samples)
+
     def p99(self, server: str) -> float:
         """Median of the 99th percentiles of latency, seconds."""
         return median(s.result.p99 for s in self.samples[server])
@@ -91,8 +110,10 @@ class Row:
 
 
 def absolute(row: Row, server: str) -> str:
-    """``213k IOPS`` for small blocks, ``4.9 GB/s`` for large ones."""
+    """``213k IOPS`` for small blocks, ``4.9 GB/s`` for large ones, ``0.31 s`` for commands."""
     operations, speed = row.operations(server), row.speed(server)
+    if row.name.startswith("command-"):
+        return f"{row.seconds(server):.2f} s"
     if speed / operations <= 4096:
         return f"{operations / 1000:.1f}k IOPS"
     return f"{speed / 1e9:.2f} GB/s"

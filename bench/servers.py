@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers of the plain matrix: each serves one raw image on a unix socket."""
+"""The servers of the plain matrix: each serves one image on a unix socket."""
 
 import socket
 import sys
@@ -23,15 +23,24 @@ def accepts(path: Path) -> bool:
 class Server:
     """The server ``name`` on ``image``. It runs from `start` to `stop`.
 
-    With ``certificates``, a directory of `bench.certificates`, it requires TLS.
+    With ``certificates``, a directory of `bench.certificates`, it requires TLS. ``fmt`` is the
+    image's format, which has to be raw with nbdkit and with certificates.
     """
 
     def __init__(
-        self, name: str, image: Path, directory: Path, certificates: Path | None = None
+        self,
+        name: str,
+        image: Path,
+        directory: Path,
+        certificates: Path | None = None,
+        *,
+        fmt: str = "raw",
+        read_only: bool = False,
     ) -> None:
         self.name = name
         self.image = image
         self._certificates = certificates
+        self._format = ["-f", fmt, *(["-r"] if read_only else [])]
         self._socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
         self._process: Process | None = None
@@ -54,9 +63,10 @@ class Server:
             if tls is not None:
                 return [sys.executable, str(Path(__file__).with_name("ours.py")), where, image,
                         str(tls)]  # fmt: skip
-            return [sys.executable, "-m", "fleece", "export", "-f", "raw", "--socket", where, image]
+            words = [sys.executable, "-m", "fleece", "export", *self._format]
+            return [*words, "--socket", where, image]
         if self.name == QEMU_NBD:
-            words = [need("qemu-nbd"), "-f", "raw", "-t", "-e", "16", "-k", where]
+            words = [need("qemu-nbd"), *self._format, "-t", "-e", "16", "-k", where]
             return words + _qemu_tls(tls) + [image]
         words = [need("nbdkit"), "-f", "-U", where]
         if tls is not None:

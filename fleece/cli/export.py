@@ -50,7 +50,10 @@ def configure(subparsers: Any) -> None:
         default=[],
         help="offer this persistent bitmap as qemu:dirty-bitmap:NAME; may be repeated",
     )
-    add_source(parser)
+    parser.add_argument(
+        "-f", "--format", choices=("raw", "qcow2", "luks"), help="of IMAGE (default: look)"
+    )
+    add_source(parser, fmt=False)
     parser.add_argument("image", metavar="IMAGE", help="a file, a block device or an NBD URI")
     add_json(parser)
     parser.set_defaults(run=run)

@@ -100,7 +100,7 @@ def _made(source: Node, target: Target) -> tuple[Target, Path | None]:
                 "in a file, or write it raw"
             )
         return replace(target, recipe=None), None
-    creating.make(path, size, recipe, overwrite=True)
+    creating.make(path, size, replace(recipe, sync=target.sync), overwrite=True)
     made = None if _is_device(path) else Path(path)
     return replace(target, is_zero=recipe.backing is None), made
 
@@ -167,7 +167,10 @@ def _fill(source: Node, node: Node, target: Target, options: Options) -> None:
         )
     backed = target.recipe is not None and target.recipe.backing is not None
     sink = _sink(node, target, options)
-    copy = Copy(source, sink, _regions(source, backed), source.size, options.plan, options.progress)
+    plan = options.plan
+    if not (source.blocking or node.blocking):  # more threads than that only wait for each other
+        plan = replace(plan, workers=min(plan.workers, (os.cpu_count() or 1) + 1))
+    copy = Copy(source, sink, _regions(source, backed), source.size, plan, options.progress)
     copy.run()
     if options.bitmaps:
         _copy_bitmaps(source, node, options)

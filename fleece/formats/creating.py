@@ -103,13 +103,15 @@ HELP: Final[dict[str, str]] = {
 class Recipe:
     """A new image: ``options`` are those of `FIELDS`, typed. Made by `recipe`.
 
-    ``size`` in bytes is what the options say; None if they do not.
+    ``size`` in bytes is what the options say; None if they do not. ``sync``: the empty image is on
+    stable storage when it is made.
     """
 
     fmt: str
     options: Mapping[str, Any]
     size: int | None
     secrets: Mapping[str, bytes]
+    sync: bool = True
 
     @property
     def backing(self) -> str | None:
@@ -168,6 +170,7 @@ def qcow2_options(recipe: Recipe, *, overwrite: bool = False) -> CreateOptions:
         encryption=encryption,
         passphrase=passphrase,
         overwrite=overwrite,
+        sync=recipe.sync,
         **{name: given[name] for name in plain + more if name in given},
     )
 
@@ -214,6 +217,7 @@ def _make_raw(path: Path, size: int, recipe: Recipe, overwrite: bool) -> None:
         preallocation=recipe.options.get("preallocation", "off"),
         nocow=recipe.options.get("nocow", False),
         overwrite=overwrite,
+        sync=recipe.sync,
     )
     replace.make_data_file(path, size, options)
 

@@ -73,3 +73,12 @@ def _below(backing: Node | None, base: Node, offset: int, length: int) -> Iterat
             offset = region.offset + region.length
     if inside < end:
         yield Region(inside, end - inside, SKIP if backing is base else ZERO)
+
+
+def own_regions(image: Qcow2Reader, offset: int, length: int) -> Iterator[Region]:
+    """What the image itself has of the beginning of the range; SKIP is what it lacks."""
+    for kind, _, start, count in image._some_parts(offset, length):
+        if kind in c.KINDS_OF_ZEROES:
+            yield Region(start, count, ZERO)
+        else:
+            yield Region(start, count, SKIP if kind in c.KINDS_UNALLOCATED else DATA)

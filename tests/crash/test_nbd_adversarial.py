@@ -78,9 +78,9 @@ def nothing_left(server: Server) -> Iterator[None]:
     # A client that is gone already may still be waiting to be accepted. Threads: a server keeps
     # one that has nothing to do for a second, so there may be fewer than before.
     wait_until(
-        lambda: server.clients() == 0
-        and threading.active_count() <= threads
-        and descriptors() == files
+        lambda: (
+            server.clients() == 0 and threading.active_count() <= threads and descriptors() == files
+        )
     )
     assert server._house.budget.held == 0
 

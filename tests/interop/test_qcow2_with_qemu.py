@@ -248,7 +248,6 @@ REFUSED = [
 ]
 
 
-
 @pytest.mark.parametrize(("build", "always", "kind", "text"), REFUSED, ids=lambda v: str(v)[:24])
 def test_what_is_not_supported_is_refused_by_name(
     build: Any, always: bool, kind: type[FleeceError], text: str, tmp_path: Path

@@ -22,6 +22,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "snapshot": ("fleece.cli.image.snapshot", "internal snapshots of an image"),
     "bitmap": ("fleece.cli.image.bitmap", "persistent dirty bitmaps of an image"),
     "convert": ("fleece.cli.image.convert", "copy disks into another image"),
+    "resize": ("fleece.cli.image.resize", "change the size of a disk"),
+    "rebase": ("fleece.cli.image.rebase", "give an overlay another backing file"),
+    "commit": ("fleece.cli.image.commit", "write an overlay into the image below it"),
+    "dd": ("fleece.cli.image.dd", "copy a part of a disk"),
+    "bench": ("fleece.cli.image.bench", "how fast requests to an image are"),
     "compare": ("fleece.cli.image.compare", "whether two images hold the same disk"),
 }
 """Name of the command -> its module, and its line in ``fleece image --help``."""

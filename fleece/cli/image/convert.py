@@ -104,10 +104,6 @@ def _check(args: argparse.Namespace) -> None:
         (len(args.names) < 2, "Must specify image file name"),
         (args.target_image_opts and not args.no_create, "--target-image-opts requires use of -n"),
         (args.target_is_zero and not args.no_create, "--target-is-zero requires use of -n flag"),
-        (
-            args.compress and args.out_of_order,
-            "Out of order write and compress are mutually exclusive",
-        ),
         (args.dedup and args.out_of_order, "--dedup writes in order; leave out -W"),
         (args.dedup_memory and not args.dedup, "--dedup-memory requires --dedup"),
         (args.copy_offloading and args.compress, "Cannot enable copy offloading when -c is used"),

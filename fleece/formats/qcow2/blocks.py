@@ -62,6 +62,11 @@ class Blocks:
 
     def fill(self, first: int, count: int, value: int) -> None:
         """Set the counts of a range, as far as there are blocks."""
+        if count == 1:
+            place = self.place(first)
+            if place is not None:
+                self.put(*place, value)
+            return
         for block, low, high in self.ranges(first, count):
             if block is not None:
                 self.width.fill(block.data, low, high, value)

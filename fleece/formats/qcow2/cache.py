@@ -107,6 +107,8 @@ class TableCache:
         """Bytes [low, high) of ``table`` were changed and have to be written."""
         table.touch(low, high)
         self._dirty[table.offset] = table
+        # It may have been evicted as soon as it was read, where all the others are dirty.
+        self._tables[table.offset] = table
 
     def take_dirty(self) -> list[Piece]:
         """What has to be written, in the order of the file; it counts as clean from now on."""

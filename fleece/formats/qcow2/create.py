@@ -65,6 +65,7 @@ class CreateOptions:
     passphrase: bytes = field(default=b"", repr=False)
     nocow: bool = False
     overwrite: bool = False
+    sync: bool = True
 
     @property
     def preallocated(self) -> bool:
@@ -256,7 +257,8 @@ def _write_new(
     try:
         write_tables(fd, header, layout, luks, options)
         write_all(fd, start, 0)
-        os.fsync(fd)
+        if options.sync:
+            os.fsync(fd)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

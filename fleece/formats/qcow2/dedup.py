@@ -219,3 +219,4 @@ class Dedup:
         if node._map.entry(found.guest) == host | c.COPIED:
             node._map.store(found.guest, words)
         node._publish(guest, words)
+        node._meta.sharing.forget()

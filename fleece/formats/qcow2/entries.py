@@ -15,6 +15,7 @@ from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2.header import Header
 
 _ENTRY: Final = struct.Struct(">Q")
+_EXTENDED: Final = struct.Struct(">QQ")
 # Below this many entries a loop is faster than eight numpy calls (measured: break-even near 30).
 _VECTOR_FROM: Final = 32
 
@@ -112,11 +113,22 @@ class SubclusterScanner:
     def scan(self, runs: list[ClusterRun], data: bytes | bytearray, index: int, count: int) -> None:
         """Add the runs of ``count`` subclusters of ``data``, a table, from ``index``."""
         first, last = index // c.SUBCLUSTERS, (index + count - 1) // c.SUBCLUSTERS
+        if last - first < _VECTOR_FROM:
+            self._scan_few(runs, data[first * 16 : (last + 1) * 16], index % c.SUBCLUSTERS, count)
+            return
         words = np.frombuffer(data, ">u8", 2 * (last - first + 1), first * 16).astype(np.uint64)
         skip, left = index % c.SUBCLUSTERS, count
         for start, stop in self._pieces(words):
             entry, bitmap = int(words[2 * start]), int(words[2 * start + 1])
             n = min((stop - start) * c.SUBCLUSTERS - skip, left)
+            self._add(runs, entry, bitmap, skip, n)
+            skip, left = 0, left - n
+
+    def _scan_few(
+        self, runs: list[ClusterRun], entries: bytes | bytearray, skip: int, left: int
+    ) -> None:
+        for entry, bitmap in _EXTENDED.iter_unpack(entries):
+            n = min(c.SUBCLUSTERS - skip, left)
             self._add(runs, entry, bitmap, skip, n)
             skip, left = 0, left - n
 

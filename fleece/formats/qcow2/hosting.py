@@ -35,6 +35,14 @@ def refresh_size(file: Node) -> None:
         file.size = end
 
 
+def regular_descriptor(file: Node) -> int:
+    """That of the regular file under the filters of ``file``; -1 if it is anything else."""
+    node = _under_filters(file)
+    if node is None or not stat.S_ISREG(os.fstat(node.fileno()).st_mode):
+        return -1
+    return node.fileno()
+
+
 def _under_filters(file: Node) -> FileNode | None:
     while isinstance(file, Filter):
         file = file.next

@@ -58,7 +58,8 @@ class Qcow2Node(Qcow2Zeroer):
         try:
             if header.dirty and not read_only:
                 header = rebuild(file, header, name)
-            counts = None if read_only else Refcounts(file, header)
+            limit = options.refcount_cache_bytes
+            counts = None if read_only else Refcounts(file, header, limit=limit)
             super().__init__(
                 file,
                 header,
@@ -145,10 +146,10 @@ class Qcow2Node(Qcow2Zeroer):
         if self.read_only:
             return
         self._meta.check_usable()
-        self._settle_all()
-        if self.header.has_data_file:
-            self.data.flush()
-        self._meta.flush()
+        try:
+            self._settle_all()
+        finally:  # what can be kept is kept
+            self._meta.flush()
 
     def close(self) -> None:
         """Write all metadata and close the files. OSError if that failed; they are closed then."""
@@ -156,8 +157,10 @@ class Qcow2Node(Qcow2Zeroer):
             closed, self._closed = self._closed, True
             stored = self.bitmaps is None or not self.bitmaps.changed
             if not closed and not self.read_only and (self._meta.begun or not stored):
-                self._settle_all()
-                self._close_metadata()
+                try:
+                    self._settle_all()
+                finally:
+                    self._close_metadata()
         finally:
             super().close()
 

@@ -41,6 +41,7 @@ from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.options import Qcow2Options
 from fleece.formats.qcow2.overlap import MetadataMap
 from fleece.formats.qcow2.refcounts import RefcountChanges, Refcounts, TableMove
+from fleece.formats.qcow2.sharing import Sharing
 from fleece.formats.qcow2.tables import ClusterMap
 
 _KEPT_AUTOCLEAR: Final = c.AUTOCLEAR_BITMAPS | c.AUTOCLEAR_RAW_DATA_FILE
@@ -81,12 +82,15 @@ class Metadata:
         if counts is not None:
             self.counts = counts
         self._file = file
+        # Where the guest's data lies if it is not in ``file``; set by the reader.
+        self.data_file: Node | None = None
         self._name = name
         self._options = options
         lazy = options.lazy_refcounts
         self._lazy = header.version == 3 and (header.lazy_refcounts if lazy is None else lazy)
         self._flush_lock = threading.RLock()  # mark_corrupt may be called in a flush
         self._writing = False
+        self.sharing = Sharing(self, file)
 
     @property
     def clean(self) -> bool:
@@ -116,7 +120,16 @@ class Metadata:
             self.begun = True
 
     def set_header(self, header: Header) -> None:
-        """Write what differs from the header on disk, durably. `ImageError` if it does not fit."""
+        """Write what differs from the header on disk, durably. `ImageError` if it does not fit.
+
+        Where the refcount table lies is not the caller's to say: it may have moved since he
+        looked at the header.
+        """
+        header = replace(
+            header,
+            refcount_table_offset=self.header.refcount_table_offset,
+            refcount_table_clusters=self.header.refcount_table_clusters,
+        )
         self.header = headers.rewrite(self._file, self.header, header, self._name)
 
     def check_usable(self) -> None:
@@ -179,6 +192,8 @@ class Metadata:
                 self.counts.retire(*compressed.span(old, bits), reason)
             elif not self.header.has_data_file:
                 self.counts.retire((old & c.OFFSET_MASK) >> bits, 1, reason)
+                if not old & c.COPIED:
+                    self.sharing.lost_one(old)
         return packed
 
     def flush(self) -> None:
@@ -214,6 +229,7 @@ class Metadata:
             pointers, self.map.l1_dirty = self.map.l1_dirty, set()
             l1 = [(index, self.map.l1_entry(index)) for index in sorted(pointers)]
             self._writing = True
+            lost = set() if lazy else self.sharing.take()
         written = False
         try:
             self._write(changes, tables, l1)
@@ -224,9 +240,12 @@ class Metadata:
                 self.map.cache.settle(tables, written=written)
                 if not written:
                     self.map.l1_dirty |= pointers
+                    self.sharing.give_back(lost)
                 self._writing = False
         if not lazy:
             self._write_lowered_counts()
+        if lost:
+            self.sharing.settle(lost)
         self._punch()
 
     def _write_lowered_counts(self) -> None:
@@ -284,6 +303,8 @@ class Metadata:
         if changes.table:
             self._write_piece(changes.table_offset, changes.table, overlap.REFCOUNT_TABLE)
         self._file.flush()
+        if self.data_file is not None:
+            self.data_file.flush()
         self._write_entries(changes.table_offset, changes.entries, overlap.REFCOUNT_TABLE)
         if changes.move is not None:
             self._point_at_table(changes.move)

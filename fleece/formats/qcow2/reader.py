@@ -62,6 +62,8 @@ class Qcow2Reader(Node):
         self._bits = header.cluster_bits
         self._mask = header.cluster_size - 1
         self._meta = Metadata(file, header, counts, name=name, options=options, l1=l1)
+        if header.has_data_file:
+            self._meta.data_file = self.data
         self._lock = self._meta.lock
         self._map = self._meta.map
         self._unit_bits = self._map.unit_size.bit_length() - 1

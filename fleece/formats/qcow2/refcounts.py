@@ -152,7 +152,10 @@ class Refcounts:
         if last >= self._capacity:
             self._grow_table(last + 1)
             return self._missing_block(count)
-        return next((i for i in range(first, last + 1) if not self._blocks.table[i]), None)
+        for index in range(first, last + 1):
+            if not self._blocks.table[index]:
+                return index
+        return None
 
     def _add_block(self, index: int) -> None:
         """Put a block into the next free cluster. If that is one of its own, it counts itself."""

@@ -33,9 +33,11 @@ def write(
         if data_path is not None:
             make_data_file(data_path, header.size, options)
         write_tables(fd, header, layout, luks, options)
-        os.fsync(fd)
+        if options.sync:
+            os.fsync(fd)
         write_all(fd, start, 0)
-        os.fsync(fd)
+        if options.sync:
+            os.fsync(fd)
     except BaseException:
         if is_new:
             path.unlink(missing_ok=True)
@@ -100,7 +102,8 @@ def make_data_file(path: Path, size: int, options: CreateOptions) -> None:
         if stat.S_ISREG(os.fstat(fd).st_mode):
             os.ftruncate(fd, size)
         preallocate.reserve(fd, 0, size, options.preallocation)
-        os.fsync(fd)
+        if options.sync:
+            os.fsync(fd)
     except BaseException:
         if is_new:
             path.unlink(missing_ok=True)

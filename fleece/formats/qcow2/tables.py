@@ -98,6 +98,17 @@ class ClusterMap:
         at = (cluster & (self._per_table - 1)) * self._entry_size
         return int(_ENTRY.unpack_from(table.data, at)[0])
 
+    def is_vacant(self, cluster: int, count: int) -> bool:
+        """Whether all of these L2 entries are empty. False may also mean: see `lookup`."""
+        index = cluster & (self._per_table - 1)
+        if index + count > self._per_table:
+            return False
+        table = self.table_at(cluster >> self._shift)
+        if table is None:
+            return True
+        low, length = index * self._entry_size, count * self._entry_size
+        return table.data.count(0, low, low + length) == length
+
     def bitmap(self, cluster: int) -> int:
         """The second word of an extended L2 entry; 0 without a table."""
         table = self.table_at(cluster >> self._shift)
@@ -127,7 +138,10 @@ class ClusterMap:
     def _store_in(self, table: Table, low: int, part: list[int]) -> list[int]:
         high = low + len(part) * 8
         old = table.data[low:high]
-        struct.pack_into(f">{len(part)}Q", table.data, low, *part)
+        if len(part) == 1:
+            _ENTRY.pack_into(table.data, low, part[0])
+        else:
+            struct.pack_into(f">{len(part)}Q", table.data, low, *part)
         self.cache.touch(table, low, high)
         if old == bytes(len(old)):
             return []

@@ -22,14 +22,16 @@ class Unpacked:
         self._most = max(4, _LIMIT >> header.cluster_bits)
         self._lock = threading.Lock()
         self._clusters: OrderedDict[int, bytes] = OrderedDict()
+        self._forgotten = 0  # how often something was
 
     def read(self, entry: int, view: memoryview, at: int) -> None:
         """Fill ``view`` with the cluster's bytes from ``at``. OSError (EIO) if it is damaged."""
+        forgotten = self._forgotten
         data = self._get(entry)
         if data is None:
             data = compressed.read(self._file, entry, self._bits, self._type)
             if len(view) < len(data):  # who reads all of it does not come again
-                self._put(entry, data)
+                self._put(entry, data, forgotten)
         view[:] = data[at : at + len(view)]
 
     def read_cached(self, entry: int, view: memoryview, at: int) -> bool:
@@ -47,8 +49,10 @@ class Unpacked:
                 self._clusters.move_to_end(entry)
             return data
 
-    def _put(self, entry: int, data: bytes) -> None:
+    def _put(self, entry: int, data: bytes, forgotten: int) -> None:
         with self._lock:
+            if forgotten != self._forgotten:
+                return  # it may have been this one, and its place may get other data
             self._clusters[entry] = data
             if len(self._clusters) > self._most:
                 self._clusters.popitem(last=False)
@@ -57,8 +61,10 @@ class Unpacked:
         """Nothing refers to it any more: its place may get other data."""
         with self._lock:
             self._clusters.pop(entry, None)
+            self._forgotten += 1
 
     def clear(self) -> None:
         """Forget all: the tables were rearranged."""
         with self._lock:
             self._clusters.clear()
+            self._forgotten += 1

@@ -6,7 +6,7 @@ copied later, if at all: see `fleece.formats.qcow2.pending`. With subclusters th
 copy, so it is done at once: see `fleece.formats.qcow2.subclusters`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final, TypeAlias
 
@@ -18,7 +18,7 @@ from fleece.formats.qcow2.entries import CorruptEntry, corrupt
 from fleece.formats.qcow2.freespace import OTHER
 from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.options import Qcow2Options
-from fleece.formats.qcow2.pending import Pending
+from fleece.formats.qcow2.pending import Pending, Span
 from fleece.formats.qcow2.reader import Part, Qcow2Reader
 from fleece.formats.qcow2.refcounts import Refcounts
 from fleece.units import align_down, align_up
@@ -106,7 +106,7 @@ class Qcow2Writer(Qcow2Reader):
                     return -1
                 return (entry & c.OFFSET_MASK) + (offset & self._mask)
             parts = self._stored_parts(offset, length)
-        if parts[0][0] != c.NORMAL or parts[0][3] != length:
+        if not parts or parts[0][0] != c.NORMAL or parts[0][3] != length:
             return -1
         return parts[0][1]
 
@@ -133,6 +133,8 @@ class Qcow2Writer(Qcow2Reader):
     # Into clusters that are not there yet
 
     def _write_allocating(self, buf: memoryview, offset: int) -> None:
+        if not buf:
+            return
         end = offset + len(buf)
         first, stop = offset >> self._bits, ((end - 1) >> self._bits) + 1
         whole = not (offset | len(buf)) & self._mask
@@ -158,9 +160,10 @@ class Qcow2Writer(Qcow2Reader):
         it takes the lock once, where the long way takes it six times.
         """
         with self._lock:
-            runs = self._map.lookup(first << self._unit_shift, count << self._unit_shift)
-            if len(runs) > 1 or runs[0].kind not in c.KINDS_WITHOUT_A_PLACE:
-                return -1
+            if not self._map.is_vacant(first, count):
+                runs = self._map.lookup(first << self._unit_shift, count << self._unit_shift)
+                if len(runs) > 1 or runs[0].kind not in c.KINDS_WITHOUT_A_PLACE:
+                    return -1
             if self._pending and any(first + i in self._pending for i in range(count)):
                 return -1
             self._own_tables_locked(first, first + count)
@@ -253,7 +256,7 @@ class Qcow2Writer(Qcow2Reader):
         with self._lock:
             counts = self._meta.counts
             host = counts.allocate(count)
-            return host, self.data is self.file and counts.is_fresh(host)
+            return host, self.data is self.file and counts.is_fresh(host, count)
 
     def _release(self, host: int, count: int) -> None:
         """Undo `_allocate`."""
@@ -278,6 +281,16 @@ class Qcow2Writer(Qcow2Reader):
         for entry in self._meta.publish(first, words, reason):
             self._unpacked.forget(entry)
 
+    def _write_if_own(self, view: memoryview, offset: int) -> bool:
+        """Write in place, if an earlier part of this request has made the cluster our own.
+
+        Others write in place there too by now, so nothing around ``view`` may be written again.
+        """
+        where = self._own_place(offset, len(view))
+        if where >= 0:
+            self._write_data(view, where)
+        return where >= 0
+
     # Copy on write, delayed
 
     def _write_delayed(self, view: memoryview, offset: int) -> None:
@@ -286,6 +299,8 @@ class Qcow2Writer(Qcow2Reader):
         with self._lock:
             pending = self._pending.get(cluster)
         if pending is None:
+            if self._write_if_own(view, offset):
+                return
             host, fresh = self._allocate(cluster, 1)
             pending = Pending(host, fresh=fresh)
         try:
@@ -306,14 +321,23 @@ class Qcow2Writer(Qcow2Reader):
         """No cluster waits that waited when this was called."""
         with self._lock:
             waiting = sorted(self._pending)
-        for cluster in waiting:
-            self._settle(cluster)
+        self._settle_each(waiting)
 
     def _settle_oldest(self) -> None:
         with self._lock:
-            waiting = list(islice(self._pending, _SETTLED_AT_ONCE))
-        for cluster in sorted(waiting):
-            self._settle(cluster)
+            waiting = sorted(islice(self._pending, _SETTLED_AT_ONCE))
+        self._settle_each(waiting)
+
+    def _settle_each(self, clusters: Iterable[int]) -> None:
+        """All that can be; OSError (the first) if one cannot, which goes on to wait."""
+        first: OSError | None = None
+        for cluster in clusters:
+            try:
+                self._settle(cluster)
+            except OSError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def _settle(self, cluster: int) -> None:
         """Copy what belongs around the new data; then the tables may know of it."""
@@ -322,17 +346,28 @@ class Qcow2Writer(Qcow2Reader):
                 pending = self._pending.get(cluster)
             if pending is None:
                 return
-            for low, high in pending.gaps(self._mask + 1):
-                self._copy_old((cluster << self._bits) + low, high - low, pending, low)
+            self._fill_gaps(cluster << self._bits, pending)
             with self._lock:
                 self._meta.own_table(cluster // self.header.l2_entries)
                 self._publish(cluster, [pending.host | c.COPIED])
                 self._pending.pop(cluster, None)
 
-    def _copy_old(self, offset: int, length: int, pending: Pending, low: int) -> None:
-        if pending.fresh and self._stored_is_zero(offset, length):
+    def _fill_gaps(self, start: int, pending: Pending) -> None:
+        """Old data around the new; gaps that are most of what lies between are read at once."""
+        gaps = pending.gaps(self._mask + 1)
+        if gaps and sum(b - a for a, b in gaps) * 2 > gaps[-1][1] - gaps[0][0]:
+            self._copy_old(start, gaps, pending)
             return
-        self._write_data(self._old_data(offset, length), pending.host + low)
+        for gap in gaps:
+            self._copy_old(start, [gap], pending)
+
+    def _copy_old(self, start: int, gaps: list[Span], pending: Pending) -> None:
+        low, high = gaps[0][0], gaps[-1][1]
+        if pending.fresh and self._stored_is_zero(start + low, high - low):
+            return
+        old = self._old_data(start + low, high - low)
+        for a, b in gaps:
+            self._write_data(old[a - low : b - low], pending.host + a)
 
     def _stored_is_zero(self, offset: int, length: int) -> bool:
         length = min(length, self.size - offset)
@@ -379,6 +414,8 @@ class Qcow2Writer(Qcow2Reader):
 
     def _write_in_cluster(self, view: memoryview, cluster: int, inside: int) -> None:
         """A part of one cluster; subclusters that were not touched stay what they are."""
+        if self._write_if_own(view, (cluster << self._bits) + inside):
+            return
         with self._lock:
             entry, bitmap = self._map.entry(cluster), self._map.bitmap(cluster)
         plan = subclusters.plan_write(
@@ -391,9 +428,11 @@ class Qcow2Writer(Qcow2Reader):
         try:
             for low, high in plan.copied:
                 self._write_data(self._old_data(start + low, high - low), host + low)
-            merged = self._old_data(start + plan.low, plan.high - plan.low)
-            merged[inside - plan.low : inside - plan.low + len(view)] = view
-            self._write_data(merged, host + plan.low)
+            if plan.high - plan.low > len(view):
+                merged = self._old_data(start + plan.low, plan.high - plan.low)
+                merged[inside - plan.low : inside - plan.low + len(view)] = view
+                view = merged
+            self._write_data(view, host + plan.low)
         except BaseException:
             if plan.host is None:
                 self._release(host, 1)

@@ -75,14 +75,24 @@ def test_writes_that_cover_a_cluster_never_copy_it(disk: Disk, order: str) -> No
     assert_same(disk.path, disk.model)
 
 
-def test_what_is_missing_is_copied_at_the_flush_and_only_that(disk: Disk) -> None:
+def test_what_is_missing_is_copied_at_the_flush_after_one_read(disk: Disk) -> None:
     disk.write(CLUSTER + 4096, b"x" * 4096)
     disk.write(CLUSTER + 12288, b"y" * 100)
     assert disk.base.bytes_read == 0
     disk.check()
     before = disk.base.bytes_read
     disk.node.flush()
-    assert disk.base.bytes_read - before == CLUSTER - 4096 - 100
+    assert disk.base.bytes_read - before == CLUSTER
+    disk.check()
+    assert_clean(disk.path)
+    assert_same(disk.path, disk.model)
+
+
+def test_where_little_is_missing_only_that_is_read_at_the_flush(disk: Disk) -> None:
+    disk.write(CLUSTER + 4096, b"x" * (CLUSTER - 5000))
+    assert disk.base.bytes_read == 0
+    disk.node.flush()
+    assert disk.base.bytes_read == 5000
     disk.check()
     assert_clean(disk.path)
     assert_same(disk.path, disk.model)

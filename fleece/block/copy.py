@@ -70,7 +70,7 @@ class Plan:
     workers: int = 4
     ordered: bool = True
     whole: bool = False
-    piece: int = 1 * MiB
+    piece: int = 2 * MiB
     rate: int = 0
     salvage: Callable[[int, int, OSError], None] | None = None
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from fleece.block.node import Node
 from fleece.block.null import clear
+from fleece.errors import FleeceError
 from fleece.units import GiB, KiB, align_down, align_up
 
 if TYPE_CHECKING:
     from fleece.formats.mapping import Batch
+    from fleece.formats.opening import Layer
 
 Told: TypeAlias = Callable[[int, int], object]
 """``told(done, total)``, in bytes."""
@@ -33,8 +35,9 @@ _AHEAD: Final = 4  # batches that wait, for each thread
 class CompareError(Exception):
     """The two cannot be compared; ``status`` is QEMU's: 3 what is where, 4 reading failed."""
 
-    def __init__(self, status: int, what: str, node: Node, error: OSError) -> None:
-        super().__init__(f"{what} {node.name}: {error.strerror or error}")
+    def __init__(self, status: int, what: str, node: Node, error: OSError | FleeceError) -> None:
+        reason = getattr(error, "strerror", None) or error
+        super().__init__(f"{what} {node.name}: {reason}")
         self.status = status
 
 
@@ -47,9 +50,18 @@ class Piece(NamedTuple):
 
 
 class Comparer:
-    """``run()`` compares the disks ``nodes``; their ``size`` is taken up to a whole sector."""
+    """``run()`` compares the disks ``nodes``; their ``size`` is taken up to a whole sector.
 
-    def __init__(self, nodes: tuple[Node, Node], told: Told = lambda done, total: None) -> None:
+    ``chains``: the layers of each, as an `Opener` has them, or none. Of local chains with a qcow2
+    image they tell faster than the nodes where zeroes are, and also of holes in the image files.
+    """
+
+    def __init__(
+        self,
+        nodes: tuple[Node, Node],
+        told: Told = lambda done, total: None,
+        chains: "tuple[list[Layer], list[Layer]]" = ([], []),
+    ) -> None:
         self._nodes = nodes
         self._sizes = tuple(align_up(node.size, _SECTOR) for node in nodes)
         self._told = told
@@ -58,7 +70,8 @@ class Comparer:
         # It compares where the bytes are, and without the GIL: 20 times as fast as memoryviews.
         self._memcmp = ctypes.CDLL(None).memcmp
         self._memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-        self._known: list[list[tuple[int, int, bool]]] = [[], []]
+        self._stretches = [self._all_stretches(*pair) for pair in zip(nodes, chains, strict=True)]
+        self._known = [(0, False), (0, False)]
         self._threads = 8 if any(node.blocking for node in nodes) else 2
 
     @property
@@ -120,16 +133,20 @@ class Comparer:
         node, known = self._nodes[side], self._known[side]
         if offset >= node.size:
             return max(self._sizes), True
-        while known and known[-1][0] <= offset:
-            known.pop()
-        if not known:
-            try:
-                extents = node.extents(offset, min(_WINDOW, node.size - offset))
-            except OSError as error:
-                raise CompareError(3, "sector allocation test failed for", node, error) from error
-            known += [(e.offset + e.length, e.offset, e.is_zero) for e in reversed(extents)]
-        stop, _, zero = known[-1]
-        return stop, zero
+        try:
+            while known[0] <= offset:
+                known = next(self._stretches[side], (node.size, False))
+        except (OSError, FleeceError) as error:
+            raise CompareError(3, "sector allocation test failed for", node, error) from error
+        self._known[side] = known
+        return known
+
+    @staticmethod
+    def _all_stretches(node: Node, chain: "list[Layer]") -> Iterator[tuple[int, bool]]:
+        """``(stop, zero)``, in order, from the beginning of the disk."""
+        if chain and all(_is_told(layer) for layer in chain):
+            return _stretches_of_chain(node, chain)
+        return _stretches_of_node(node)
 
     def _compare(self, batch: list[Piece]) -> int | None:
         """The first sector in the batch that differs; None if there is none."""
@@ -171,6 +188,29 @@ class Comparer:
             pair = [ctypes.create_string_buffer(_PIECE) for _ in range(2)]
             buffers = self._local.buffers = [(b, memoryview(b).cast("B")) for b in pair]
         return buffers
+
+
+def _is_told(layer: "Layer") -> bool:
+    """Whether what a map says of the layer holds for what is read: files of this host."""
+    return layer.path is not None and layer.driver in ("qcow2", "raw")
+
+
+def _stretches_of_node(node: Node) -> Iterator[tuple[int, bool]]:
+    offset = 0
+    while offset < node.size:
+        for extent in node.extents(offset, min(_WINDOW, node.size - offset)):
+            offset = extent.offset + extent.length
+            yield offset, extent.is_zero
+
+
+def _stretches_of_chain(node: Node, chain: "list[Layer]") -> Iterator[tuple[int, bool]]:
+    from fleece.formats.mapping import ZERO, walk
+
+    for batch in walk(chain, 0, node.size):
+        zero = batch.codes & ZERO != 0
+        last = (zero[1:] != zero[:-1]).nonzero()[0]
+        yield from zip(batch.starts[last + 1].tolist(), zero[last].tolist(), strict=True)
+        yield min(batch.stop, node.size), bool(zero[-1])
 
 
 def first_status_difference(first: "Iterator[Batch]", second: "Iterator[Batch]") -> int | None:

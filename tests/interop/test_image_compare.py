@@ -1,12 +1,13 @@
 """``fleece image compare`` against ``qemu-img compare``, and the contents of the corpus."""
 
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tests.support.corpus import NAMES, OBJECT, Image
-from tests.support.qcow2 import qemu_img
+from tests.support.qcow2 import qemu_img, qemu_io
 from tests.support.tools import require
 
 
@@ -123,3 +124,37 @@ def test_encrypted_images_are_compared_as_plain_text(
     for name in ("luks", "aes"):
         words = [*OBJECT, "--image-opts", corpus[name].source, plain]
         assert ours(capsys, *words) == theirs(*words) == (0, "Images are identical.\n")
+
+
+def test_holes_of_the_files_are_zeroes_and_what_is_written_into_them_is_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clusters that are there without data are not read, so a byte in one must be found."""
+    first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
+    for path in (first, second):
+        qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, "64M")
+    assert ours(capsys, first, second) == (0, "Images are identical.\n")
+    for offset in (64 << 20, 40 << 20, (10 << 20) + 70144, 0):
+        at = max(0, offset - 512)
+        qemu_io(second, f"write -P 7 {at} 512")
+        found = ours(capsys, first, second)
+        assert found == (1, f"Content mismatch at offset {at}!\n")
+        assert found == theirs(first, second)
+
+
+def test_a_long_chain_is_compared_as_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each layer has zeroes over data and data over zeroes of the one below."""
+    names = [tmp_path / f"{number}.qcow2" for number in range(3)]
+    qemu_img("create", "-q", "-f", "qcow2", names[0], "8M")
+    qemu_io(names[0], "write -P 1 0 4M", "write -z 4M 1M")
+    for below, path in pairwise(names):
+        qemu_img("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", path, "12M")
+        qemu_io(path, "write -z 1M 1M", "write -P 2 4500k 64k")
+        qemu_io(path, "write -P 3 11M 64k", "discard 2M 1M")
+    flat = tmp_path / "flat.raw"
+    qemu_img("convert", "-O", "raw", names[-1], flat)
+    assert ours(capsys, "-F", "raw", names[-1], flat) == (0, "Images are identical.\n")
+    assert ours(capsys, names[-1], names[0]) == theirs(names[-1], names[0])
+    assert ours(capsys, names[-1], names[1]) == theirs(names[-1], names[1])

@@ -6,6 +6,7 @@ module of the command that is run is imported; what its ``--help`` line says is 
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Final
@@ -61,6 +62,8 @@ class LazyCommands(argparse._SubParsersAction):  # type: ignore[type-arg]
         """Parse the rest with the parser of the command that was named."""
         assert isinstance(values, Sequence)
         if values[0] in COMMANDS:
+            # numpy starts threads for linear algebra, which nothing here does: 20 ms of start-up.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             self.load(values[0])
         super().__call__(parser, namespace, values, option_string)
 

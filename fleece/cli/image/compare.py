@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleece.cli.image import common
@@ -10,8 +11,11 @@ from fleece.cli.output import print_json, printable
 from fleece.errors import FleeceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fleece.block.node import Node
     from fleece.formats.comparing import Comparer
+    from fleece.formats.opening import Layer
 
 _OPENING_FAILED = 2
 _STATUS_FAILED = 3
@@ -59,8 +63,8 @@ def _compare(args: argparse.Namespace, first: "Node", second: "Node") -> int:
     from fleece.formats.comparing import CompareError, Comparer
 
     try:
-        with common.progress(args) as progress:
-            comparer = Comparer((first, second), progress)
+        with common.progress(args) as progress, _chains(args) as chains:
+            comparer = Comparer((first, second), progress, chains)
             if args.strict and comparer.sizes_differ:
                 outcome = _Outcome("Strict mode: Image size mismatch!", reason="size")
             else:
@@ -72,6 +76,23 @@ def _compare(args: argparse.Namespace, first: "Node", second: "Node") -> int:
         return common.run_as_qemu(args, error.again, _STATUS_FAILED)
     _print(args, outcome)
     return 0 if outcome.reason is None else 1
+
+
+@contextmanager
+def _chains(args: argparse.Namespace) -> "Iterator[tuple[list[Layer], list[Layer]]]":
+    """The layers of both, of those that have a qcow2 image (another needs no numpy)."""
+    from fleece.formats.opening import Asked, Opener
+
+    asked = Asked(common.policy(args), common.secrets(args), args.force_share)
+    source, fmt = common.source_of(args, args.filename, args.format)
+    other, other_fmt = common.source_of(args, args.second, args.second_format)
+    with Opener(asked) as one, Opener(asked) as two:
+        first, second = one.chain(source, fmt), two.chain(other, other_fmt)
+        yield _with_qcow2(first), _with_qcow2(second)
+
+
+def _with_qcow2(chain: "list[Layer]") -> "list[Layer]":
+    return chain if any(layer.header is not None for layer in chain) else []
 
 
 class _Outcome(NamedTuple):

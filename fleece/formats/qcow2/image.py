@@ -23,6 +23,7 @@ from fleece.formats.qcow2 import compressed
 from fleece.formats.qcow2 import constants as c
 from fleece.formats.qcow2 import header as headers
 from fleece.formats.qcow2.bitmaps import BitmapSet
+from fleece.formats.qcow2.entries import CorruptEntry
 from fleece.formats.qcow2.header import Header
 from fleece.formats.qcow2.options import Qcow2Options
 from fleece.formats.qcow2.rebuild import rebuild
@@ -106,9 +107,13 @@ class Qcow2Node(Qcow2Zeroer):
         """The cluster at ``offset``, as `fleece.formats.qcow2.compressed.pack` made it. OSError."""
         self._change(offset, min(self._mask + 1, self.size - offset))
         cluster = offset >> self._bits
-        with self._ranges.exclusive(cluster, cluster + 1):
-            self._own_tables(cluster, cluster + 1)
-            self._write_packed(cluster, packed)
+        try:
+            with self._ranges.exclusive(cluster, cluster + 1):
+                self._own_tables(cluster, cluster + 1)
+                self._write_packed(cluster, packed)
+        except CorruptEntry as error:
+            self._meta.mark_corrupt(str(error.strerror))
+            raise
         if self._meta.crowded:
             self.flush()
 
@@ -148,8 +153,11 @@ class Qcow2Node(Qcow2Zeroer):
         self._meta.check_usable()
         try:
             self._settle_all()
-        finally:  # what can be kept is kept
-            self._meta.flush()
+        except OSError:
+            if not self._meta.broken:
+                self._meta.flush()  # what can be kept is kept
+            raise
+        self._meta.flush()
 
     def close(self) -> None:
         """Write all metadata and close the files. OSError if that failed; they are closed then."""

@@ -306,6 +306,7 @@ class Qcow2Writer(Qcow2Reader):
         try:
             self._write_data(view, pending.host + inside)
         except BaseException:
+            pending.fresh = False  # a part of it may be there
             if not pending.spans:
                 self._release(pending.host, 1)
             raise
@@ -334,6 +335,9 @@ class Qcow2Writer(Qcow2Reader):
         for cluster in clusters:
             try:
                 self._settle(cluster)
+            except CorruptEntry as error:
+                self._meta.mark_corrupt(str(error.strerror))
+                raise
             except OSError as error:
                 first = first or error
         if first is not None:

@@ -120,21 +120,26 @@ class Qcow2Zeroer(Qcow2Writer):
         first, last = start >> bits, align_up(stop, 1 << bits) >> bits
         per_table = self.header.l2_entries << shift
         with self._ranges.exclusive(first >> shift, ((last - 1) >> shift) + 1):
-            self._drop_pending(first, last)
             while first < last:
                 end = min(last, (first // per_table + 1) * per_table)
                 with self._lock:
                     freed = list(self._zero_in_table(first, end, keep=keep))
+                    # Only now: if there was no room for a table, they are still what was written.
+                    self._drop_pending(first, end)
                 if punch and self.options.pass_discard_request:
                     for host, length in freed:
                         self.data.trim(host, length)
+                if self._meta.crowded:  # a large disk has more tables than memory should hold
+                    self._meta.flush()
                 first = end
 
     def _drop_pending(self, first: int, last: int) -> None:
-        """What was written to these clusters, and is in no table yet, is not needed any more."""
-        with self._lock:
-            for cluster in [i for i in self._pending if first <= i < last]:
-                self._release_locked(self._pending.pop(cluster).host, 1)
+        """What was written to these clusters, and is in no table yet, is not needed any more.
+
+        The caller holds the lock.
+        """
+        for cluster in [i for i in self._pending if first <= i < last]:
+            self._release_locked(self._pending.pop(cluster).host, 1)
 
     def _zero_in_table(self, first: int, last: int, *, keep: bool) -> Iterator[tuple[int, int]]:
         """With the lock; the places (offset, length) of data that was there and stays the image's.

@@ -11,7 +11,7 @@ import pytest
 
 from fleece.block.file import FileNode
 from fleece.block.node import Filter, Node
-from fleece.formats.qcow2 import bitmaps, compressed
+from fleece.formats.qcow2 import bitmaps, compressed, overlap, pending
 from fleece.formats.qcow2.image import Qcow2Node
 from fleece.formats.qcow2.options import Qcow2Options
 from fleece.formats.qcow2.unpacked import Unpacked
@@ -278,3 +278,53 @@ def test_a_cluster_that_is_replaced_while_it_is_unpacked_is_not_kept(
             replaced.set()
         cache.read(77, view, 0)
         assert view == b"new"
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "many"])
+def test_a_late_copy_that_would_hit_metadata_closes_the_image_to_writes(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, base = overlay(tmp_path)
+    node = Qcow2Node(FileNode(path, locking=False), backing=read_only(base))
+    try:
+        node.pwrite(memoryview(b"new"), 100)
+        with node._lock:
+            node._meta.overlap.claim(overlap.ACTIVE_L2, node._pending[0].host, CLUSTER)
+        monkeypatch.setattr(pending, "MOST", 0)
+        late = {
+            "flush": node.flush,
+            "close": node.close,
+            "many": lambda: node.pwrite(memoryview(b"new"), CLUSTER + 100),
+        }
+        with pytest.raises(OSError, match="overlaps with active L2 table"):
+            late[how]()
+        assert "overlaps" in node._meta.broken
+    finally:
+        node.close()
+    with opened(path, read_only(base), read_only=True) as later:
+        assert later.header.corrupt
+        assert pread(later, SIZE, 0) == OLD
+
+
+@pytest.mark.parametrize("how", ["trim", "zero"])
+def test_a_trim_that_fails_brings_no_older_data_back(how: str, tmp_path: Path) -> None:
+    path, base = overlay(tmp_path)
+    file = Hooked(FileNode(path, locking=False))
+    node = Qcow2Node(file, backing=read_only(base))
+
+    def full(index: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    try:
+        node._meta.own_table = full  # type: ignore[assignment, method-assign]
+        node._own_tables_locked = lambda first, stop: None  # type: ignore[method-assign]
+        node.pwrite(memoryview(b"new"), 100)
+        with pytest.raises(OSError, match="full"):
+            getattr(node, how)(0, CLUSTER)
+        assert pread(node, 3, 100) == b"new"
+        del node._meta.own_table, node._own_tables_locked
+        getattr(node, how)(0, CLUSTER)
+        assert pread(node, CLUSTER, 0) == bytes(CLUSTER)
+    finally:
+        node.close()
+    assert_clean(path)

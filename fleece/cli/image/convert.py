@@ -63,7 +63,9 @@ def _add_copying(parser: argparse.ArgumentParser) -> None:
     add("--dedup-memory", metavar="SIZE", help=f"for --dedup (default: {_DEDUP_MEMORY})")
     add("-l", "--snapshot", metavar="NAME", help="an internal snapshot of the source, or its id")
     add("-m", "--parallel", metavar="N", default="8", help="pieces in flight, 1 to 16 (default: 8)")
-    add("-W", "--out-of-order", action="store_true", help="write in any order")
+    add(
+        "-W", "--out-of-order", action="store_true", help="accepted: only -c and --dedup need order"
+    )
     add("-S", "--sparse-size", metavar="SIZE", help="zeroes that make a hole (4k; 0: no holes)")
     add("-r", "--rate-limit", metavar="RATE", help="bytes a second at most (k, M, G)")
     add("-C", "--copy-offloading", action="store_true", help="accepted, no effect")
@@ -195,7 +197,9 @@ def _options(args: argparse.Namespace, progress: Callable[[int, int], None]) -> 
     sparse = _sparse(args)
     plan = Plan(
         workers=_parallel(args.parallel),
-        ordered=not args.out_of_order,
+        # A compressed cluster lies behind the one before it; else two threads that overlap gain
+        # more than the order is worth: pieces are large, so what is near stays near.
+        ordered=args.compress or args.dedup,
         whole=sparse == 0,
         rate=checked("-r", parse_size, args.rate_limit) if args.rate_limit else 0,
         salvage=_salvage if args.salvage else None,
